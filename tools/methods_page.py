@@ -11,8 +11,7 @@ from transformers import AutoConfig
 
 from hf_posext import detect_scheme
 from hf_posext.errors import ExportError, PosExtError
-from hf_posext.export.llama_cpp import serve as serve_llama_cpp
-from hf_posext.export.servers import serve_sglang, serve_vllm
+from hf_posext.export.servers import serve_llama_cpp, serve_sglang, serve_vllm
 from hf_posext.methods import as_method, methods
 from hf_posext.plan import ExtensionPlan
 from hf_posext.reporting.tables import finite_interval

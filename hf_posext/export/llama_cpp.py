@@ -1,4 +1,4 @@
-"""llama.cpp: keys and tensors of a GGUF file, and copies of a file with the positions of a plan.
+"""GGUF files of llama.cpp: keys and tensors, and copies of a file with the positions of a plan.
 
 Read from llama.cpp 0c1e57098 as vendored by llama-cpp-python 0.3.36: `src/llama-{model,context,arch}.cpp`,
 `src/models/*.cpp`, `ggml/src/ggml-cpu/ops.cpp`, `common/arg.cpp`, `conversion/{base,llama}.py`,
@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedConfig
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ExportError
 from ..packages import require
-from ..patching.detect import text_config
 from ..patching.untrusted import DIVISORS, open_gguf
-from ..plan import ExtensionPlan, RotaryPlan, TablePlan
+from ..plan import ExtensionPlan, RotaryPlan
 from ..scheme import Rotary
-from .servers import DIRECTORY, Serving, refuse
 
 SERVER = "llama.cpp"
 READ_FROM = "llama.cpp 0c1e57098"
@@ -44,6 +41,14 @@ BETA_FAST, BETA_SLOW = 32.0, 1.0
 """Bounds of YaRN that llama.cpp uses unless flags give others."""
 
 
+def refuse(server: str, plan: ExtensionPlan, reason: str, instead: str = "") -> ExportError:
+    """Return the error for a plan whose positions a server cannot compute."""
+    what = instead or "a plan that only changes frequencies (yarn, ntk, theta, ...) can be exported"
+    if any(entry.growth for entry in plan.rotaries):
+        what += "; the rope type 'dynamic' of servers is another thing, a base that is fixed when they start"
+    return ExportError(f"{server} cannot run ({plan.describe()}): {reason}; {what}")
+
+
 @dataclass(frozen=True)
 class RopeKeys:
     """Positions in the form of a GGUF file: metadata without the prefix of the architecture, tensors, and flags.
@@ -56,6 +61,11 @@ class RopeKeys:
     tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     by_converter: bool = True
+
+    @property
+    def architectures(self) -> Sequence[str]:
+        """Architectures, by their names in GGUF, that load the tensors."""
+        return LLAMA_LIKE if len(self.tensors) > 1 else WITH_FREQUENCIES
 
 
 def rope_keys(plan: ExtensionPlan) -> RopeKeys:
@@ -114,62 +124,6 @@ def _divisors(plan: ExtensionPlan, entry: RotaryPlan, rotary: Rotary, keys: dict
         "rope_factors_short.weight": divisors(entry.short_inv_freq),
     }
     return RopeKeys(keys, lists, by_converter=False)
-
-
-def serve(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
-    """Return the instructions for llama.cpp."""
-    if plan.rotates_late or not all(isinstance(edit, RotaryPlan | TablePlan) for edit in plan.edits):
-        instead = "a plan that only changes frequencies can be exported"
-        if plan.method.startswith("self-extend"):
-            instead += (
-                "; its own form of self-extend (--grp-attn-n, --grp-attn-w) is in llama-completion, not in the server"
-            )
-        raise refuse(SERVER, plan, obstacle or "it has no key for this", instead)
-    rope = rope_keys(plan)
-    differences = [
-        "The server cuts every slot at the context length of the file, which is the target length here.",
-    ]
-    if "rope.scaling.attn_factor" in rope.keys and rope.keys.get("rope.scaling.type") == "yarn":
-        differences.append(
-            "`attention_factor`: YaRN multiplies by `0.1 ln(factor) + 1`, whatever `yarn_attn_factor` and "
-            "`--yarn-attn-factor` say; the key `rope.scaling.attn_factor` makes up for it."
-        )
-    if rope.tensors:
-        differences.append(
-            "Frequencies that no key can say are in a tensor of divisors. These architectures load it: "
-            f"{', '.join(LLAMA_LIKE if len(rope.tensors) > 1 else WITH_FREQUENCIES)}. Others refuse the file."
-        )
-        differences.append(
-            "The converter alone does not write that tensor: a file without the second step has the positions of the "
-            "base model, and says nothing of it."
-        )
-    if len(rope.tensors) > 1:
-        differences.append(
-            f"Which of the two lists is used is decided by `-c` when the server starts: above {plan.trained_length} "
-            "the long one, for short inputs too."
-        )
-    if rope.flags:
-        differences.append("YaRN's bounds are not in the file: without the flags it uses 32 and 1.")
-    file = "converted.gguf"
-    convert = ("python", "convert_hf_to_gguf.py", DIRECTORY, "--outfile", file, "--outtype", "auto")
-    commands: list[tuple[str, ...]] = [convert]
-    if not rope.by_converter:
-        file = "model.gguf"
-        commands.append(("hf-posext", "gguf", DIRECTORY, "converted.gguf", "model.gguf"))
-    commands.append(("llama-server", "-m", file, "-c", str(plan.target_length), *rope.flags))
-    return Serving(SERVER, READ_FROM, plan, tuple(commands), _config(config, plan, rope), (), tuple(differences))
-
-
-def _config(config: PreTrainedConfig, plan: ExtensionPlan, rope: RopeKeys) -> dict[str, Any]:
-    """Return config entries for the converter: the plain base if it would write a rope type without its numbers."""
-    text: Any = text_config(config)
-    if text.model_type == "gpt2":
-        return {"n_ctx": plan.target_length}  # the only entry from which it reads the length of GPT-2's table
-    if rope.by_converter:
-        return {}
-    entry = plan.rotaries[0]
-    plain = {"rope_type": "default", "rope_theta": plan.scheme.rotary(entry.name).theta}
-    return {"rope_parameters": {**text.rope_parameters, entry.name: plain} if entry.name else plain}
 
 
 OURS = re.compile(r"context_length|rope\.freq_base|rope\.scale_linear|rope\.scaling\..*")
@@ -264,9 +218,9 @@ def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, rope
 
     if (value("split.count") or 0) > 1:
         raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
-    supported = LLAMA_LIKE if len(rope.tensors) > 1 else WITH_FREQUENCIES
-    if rope.tensors and arch not in supported:
-        reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {', '.join(supported)} it does)"
+    if rope.tensors and arch not in rope.architectures:
+        others = ", ".join(rope.architectures)
+        reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {others} it does)"
         raise refuse(SERVER, plan, reason, "yarn, linear, ntk and theta can be exported to any")
     for entry in plan.rotaries:
         channels, width = value(f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim

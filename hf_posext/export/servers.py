@@ -1,4 +1,4 @@
-"""Commands and configs for transformers, vLLM and SGLang to run a plan, and their differences from transformers.
+"""Checkpoints for servers: config, commands, and the differences of transformers, vLLM, SGLang and llama.cpp.
 
 vLLM and SGLang both read `rope_parameters` of `config.json`. They differ from transformers in the same three places:
 they multiply the limit of a `linear` config by its factor, ignore `attention_factor` of `longrope`, and read
@@ -15,15 +15,21 @@ import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
-from ..errors import ExportError
+from ..errors import InvalidParameterError, NotPatchedError
+from ..escaping import render
+from ..patching import find_patch
+from ..patching.checkpoint import new_directory, refuse_adapter
 from ..patching.detect import text_config
-from ..patching.saved_config import LEAST, entries_of_4, text_path
-from ..plan import ExtensionPlan, RotaryPlan
+from ..patching.saved_config import LEAST, edited, entries_of_4, stop_4, stop_readers, text_path
+from ..plan import ExtensionPlan, RotaryPlan, TablePlan
+from .llama_cpp import READ_FROM, SERVER, RopeKeys, refuse, rope_keys
 
 DIRECTORY = "{directory}"
 """Placeholder for the exported directory in commands."""
@@ -55,14 +61,6 @@ class Serving:
     def command_lines(self, directory: str) -> list[str]:
         """Return the commands as lines for a shell, for an export in `directory`."""
         return [shlex.join(word.replace(DIRECTORY, directory) for word in command) for command in self.commands]
-
-
-def refuse(server: str, plan: ExtensionPlan, reason: str, instead: str = "") -> ExportError:
-    """Return the error for a plan whose positions a server cannot compute."""
-    what = instead or "a plan that only changes frequencies (yarn, ntk, theta, ...) can be exported"
-    if any(entry.growth for entry in plan.rotaries):
-        what += "; the rope type 'dynamic' of servers is another thing, a base that is fixed when they start"
-    return ExportError(f"{server} cannot run ({plan.describe()}): {reason}; {what}")
 
 
 OLLAMA = ("default", "linear", "llama3")
@@ -233,6 +231,63 @@ def serve_sglang(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | 
     return _serve(sglang, "--context-length", "--json-model-override-args", config, obstacle, adapt)
 
 
+def serve_llama_cpp(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str | None) -> Serving:
+    """Return the instructions for llama.cpp."""
+    if plan.rotates_late or not all(isinstance(edit, RotaryPlan | TablePlan) for edit in plan.edits):
+        instead = "a plan that only changes frequencies can be exported"
+        if plan.method.startswith("self-extend"):
+            instead += (
+                "; its own form of self-extend (--grp-attn-n, --grp-attn-w) is in llama-completion, not in the server"
+            )
+        raise refuse(SERVER, plan, obstacle or "it has no key for this", instead)
+    rope = rope_keys(plan)
+    differences = [
+        "The server cuts every slot at the context length of the file, which is the target length here.",
+    ]
+    if "rope.scaling.attn_factor" in rope.keys and rope.keys.get("rope.scaling.type") == "yarn":
+        differences.append(
+            "`attention_factor`: YaRN multiplies by `0.1 ln(factor) + 1`, whatever `yarn_attn_factor` and "
+            "`--yarn-attn-factor` say; the key `rope.scaling.attn_factor` makes up for it."
+        )
+    if rope.tensors:
+        differences.append(
+            "Frequencies that no key can say are in a tensor of divisors. These architectures load it: "
+            f"{', '.join(rope.architectures)}. Others refuse the file."
+        )
+        differences.append(
+            "The converter alone does not write that tensor: a file without the second step has the positions of the "
+            "base model, and says nothing of it."
+        )
+    if len(rope.tensors) > 1:
+        differences.append(
+            f"Which of the two lists is used is decided by `-c` when the server starts: above {plan.trained_length} "
+            "the long one, for short inputs too."
+        )
+    if rope.flags:
+        differences.append("YaRN's bounds are not in the file: without the flags it uses 32 and 1.")
+    file = "converted.gguf"
+    convert = ("python", "convert_hf_to_gguf.py", DIRECTORY, "--outfile", file, "--outtype", "auto")
+    commands: list[tuple[str, ...]] = [convert]
+    if not rope.by_converter:
+        file = "model.gguf"
+        commands.append(("hf-posext", "gguf", DIRECTORY, "converted.gguf", "model.gguf"))
+    commands.append(("llama-server", "-m", file, "-c", str(plan.target_length), *rope.flags))
+    text = _entries_for_converter(config, plan, rope)
+    return Serving(SERVER, READ_FROM, plan, tuple(commands), text, differences=tuple(differences))
+
+
+def _entries_for_converter(config: PreTrainedConfig, plan: ExtensionPlan, rope: RopeKeys) -> dict[str, Any]:
+    """Return config entries for the converter: the plain base if it would write a rope type without its numbers."""
+    text: Any = text_config(config)
+    if text.model_type == "gpt2":
+        return {"n_ctx": plan.target_length}  # the only entry from which it reads the length of GPT-2's table
+    if rope.by_converter:
+        return {}
+    entry = plan.rotaries[0]
+    plain = {"rope_type": "default", "rope_theta": plan.scheme.rotary(entry.name).theta}
+    return {"rope_parameters": {**text.rope_parameters, entry.name: plain} if entry.name else plain}
+
+
 REFUSED = (
     "use_dora modules_to_save lora_bias layer_replication use_qalora use_bdlora alora_invocation_tokens "
     "trainable_token_indices"
@@ -259,3 +314,87 @@ def serving_obstacle(config: Mapping[str, Any], server: str) -> str | None:
     if str(config.get("init_lora_weights", "")).lower().startswith(MUTATING):
         names.append("init_lora_weights")
     return ", ".join(names) or None
+
+
+SERVERS = {
+    "transformers": serve_transformers,
+    "transformers-4": serve_transformers_4,
+    "vllm": serve_vllm,
+    "sglang": serve_sglang,
+    "llama.cpp": serve_llama_cpp,
+}
+INSTRUCTIONS = "SERVING.md"
+
+
+def export_checkpoint(
+    model: nn.Module,
+    directory: str | Path,
+    to: str = "transformers",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    merged: Mapping[str, Any] | None = None,
+) -> Serving:
+    """Save a patched model in the form that makes a server compute the positions of its plan.
+
+    The directory contains weights, config and tokenizer in the form that the server reads, the plan, and `SERVING.md`
+    with the commands and the differences of the server. A plan that the server cannot run is refused before anything
+    is written.
+
+    Args:
+        model (`PreTrainedModel`): model with a patch in force, and without an adapter.
+        directory (`str` or `Path`): a directory that is empty or does not exist yet.
+        to (`str`, *optional*, defaults to `"transformers"`): `"transformers"`, `"transformers-4"` (which refuses plans
+            that version 4 would not compute), `"vllm"`, `"sglang"` or `"llama.cpp"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer to save with the model, with its limit raised.
+            Defaults to the one given to [`patch_model`].
+        merged (`Mapping`, *optional*): config of the adapter that was merged into the model. `SERVING.md` then reports
+            whether the server loads the adapter beside its base.
+
+    Returns:
+        [`Serving`]: commands, changed config entries, differences.
+
+    Raises:
+        ExportError: the server cannot compute the positions. The message contains the reason and an alternative.
+        NotPatchedError: the model has no patch.
+        UnsupportedModelError: the model has an adapter. Merge it first.
+        InvalidParameterError: the server is unknown.
+        FileExistsError: the directory holds files.
+    """
+    if to not in SERVERS:
+        raise InvalidParameterError(f"cannot export to {to!r}; there are: {', '.join(SERVERS)}")
+    patch = find_patch(model)
+    if patch is None:
+        raise NotPatchedError("the model carries no patch; patch_model(model, ...) makes one, load_patched opens one")
+    refuse_adapter(patch.model)
+    serving = SERVERS[to](patch.model.config, patch.plan, patch.native_obstacle)
+    path = new_directory(directory)
+    patch.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    part = text_path(patch.model.config)
+    with edited(path / "config.json") as config:
+        text = config[part] if part else config
+        if "rope_parameters" in serving.text:  # the entries for transformers 4 would take precedence, and differ
+            text.pop("rope_scaling", None)
+            text.pop("rope_theta", None)
+            if serving.server == SERVER:  # `hf-posext gguf` adds the plan to the file after conversion
+                stop_readers(config, part)
+            else:
+                stop_4(config)
+        text.update(serving.text)
+    if (path / "tokenizer_config.json").is_file():  # not raised if it was not given when the model was patched
+        with edited(path / "tokenizer_config.json") as config:
+            if "model_max_length" in config:
+                config["model_max_length"] = max(config["model_max_length"], patch.plan.target_length)
+    instructions = render(
+        "serving.md.jinja",
+        "hf_posext.export",
+        {"shell": shlex.join},
+        serving=serving,
+        commands=serving.command_lines(path.name),
+        merged=merged is not None,
+        obstacle=serving_obstacle(merged, serving.server) if merged and serving.server in IGNORED else None,
+        beside=serving.server in IGNORED,
+    )
+    (path / INSTRUCTIONS).write_text(instructions, encoding="utf-8")
+    return serving
