@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,8 @@ GROUPS = {
     "Input and output": "model dataset output text_column split revision documents start control label plot "
     "as_json log_with report_to resume config trust_remote_code",
     "Positions": "methods method factor target_length trained_length",
-    "Training": "preset learning_rate rank lora_ratio targets length steps batch_size accumulation warmup pack pose "
-    "shifted longce finetune.alpha gradient_checkpointing load_in_4bit save_every",
+    "Training": "preset learning_rate rank finetune.alpha lora_ratio targets length steps batch_size accumulation warmup pack pose "
+    "shifted longce gradient_checkpointing load_in_4bit save_every",
     "Measuring": "lengths protocol stride tail bos passkey retrieval tasks depths chat longppl alpha beta "
     "short_length budget short_limit objective population generations evaluate evaluate_split every patience",
     "Machine and memory": "dtype bf16 device prefill_chunk offload_cache seed",
@@ -137,19 +138,25 @@ class Command(TyperCommand):
             message = in_flags(str(error), flags)
             raise ClickException(naming_flag(message, self.params, ctx.params)) from error
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}").replace("}...", "...") for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
-        if len(options) < self.ENOUGH:
-            super().format_options(ctx, formatter)
-            return
-        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], **{heading: [] for heading in GROUPS}}
+        params: list[Any] = self.get_params(ctx)
+        is_long = sum(param.param_type_name == "option" for param in params) >= self.ENOUGH
         order = {name: place for place, name in enumerate(_HEADINGS)}
-        for param in sorted(self.get_params(ctx), key=lambda param: order.get(str(param.name), 0)):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                is_option = param.param_type_name == "option"
-                heading = heading_of(str(self.name), str(param.name)) if is_option else "Arguments"
-                sections.setdefault(heading, []).append(record)
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in ("Arguments", *GROUPS, "Options")}
+
+        def place_of(param: Any) -> int:
+            return order.get(f"{self.name}.{param.name}", order.get(param.name, 0)) if is_long else 0
+
+        for param in sorted(params, key=place_of):
+            if (record := param.get_help_record(ctx)) is not None:
+                heading = heading_of(str(self.name), param.name) if is_long else "Options"
+                name, text = record
+                sections[heading if param.param_type_name == "option" else "Arguments"].append(
+                    (re.sub(r"<list\[(\w+)\]>", r"<\1>...", name), text)
+                )
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):

@@ -35,7 +35,7 @@ class Adapter:
     preset: str = option("lora, lora-plus (and embeddings, norms), dora, full, nope.", "lora")
     learning_rate: float | None = option("Peak learning rate. Default: the preset's.")
     rank: int | None = option("Rank of LoRA. Default: the preset's.", min=1)
-    alpha: float | None = option("LoRA is scaled by alpha / rank.")
+    alpha: float | None = option("LoRA is multiplied by alpha / rank. Default: the preset's.")
     lora_ratio: float | None = option(
         "Learning rate of LoRA's second matrix relative to the first (LoRA+), such as 16."
     )
@@ -66,7 +66,7 @@ class Adapter:
 class Training:
     """Keyword arguments of [`~hf_posext.training.finetune`], passed on as they are."""
 
-    length: int | None = option("Tokens per row. Default: the target length.", min=2)
+    length: int | None = option("Tokens per row. Default: the target length; with --pose, the trained length.", min=2)
     steps: int = option("Optimizer steps.", 1000, min=1)
     batch_size: int = option("Rows per process and forward pass.", 1, min=1)
     accumulation: int = option("Forward passes per step.", 8, min=1)
