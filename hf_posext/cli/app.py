@@ -42,8 +42,8 @@ GROUPS = {
     "Input and output": "model dataset output text_column split revision documents start control label plot "
     "as_json log_with report_to resume config trust_remote_code",
     "Positions": "methods method factor target_length trained_length",
-    "Training": "preset learning_rate rank finetune.alpha lora_ratio targets length steps batch_size accumulation warmup pack pose "
-    "shifted longce gradient_checkpointing load_in_4bit save_every",
+    "Training": "preset learning_rate rank finetune.alpha lora_ratio targets length steps batch_size accumulation "
+    "warmup pack pose shifted longce gradient_checkpointing load_in_4bit save_every",
     "Measuring": "lengths protocol stride tail bos passkey retrieval tasks depths chat longppl alpha beta "
     "short_length budget short_limit objective population generations evaluate evaluate_split every patience",
     "Machine and memory": "dtype bf16 device prefill_chunk offload_cache seed",

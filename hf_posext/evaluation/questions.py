@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidParameterError
+from ..patching.checkpoint import require_vocabulary
 from ..patching.modes import evaluation_mode
 from ..patching.undo import unwrap
 from .config import MAX_TRIALS, checked
@@ -68,6 +69,7 @@ class Questions:
 
     def prompts(self, tokenizer: Any, task: str | None, length: int) -> list[Prompt]:
         """Return all trials of a task, or of passkeys, at a length, ordered by depth."""
+        require_vocabulary(tokenizer)
         if task is None:
             return passkey_prompts(tokenizer, length, self.passkey, self.seed, self.bos, self.chat)
         rules: dict[str, Any] = {"seed": self.seed, "bos": self.bos, "chat": self.chat}

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from ..decode import check_type
 from ..errors import DocumentError, InvalidParameterError
+from ..patching.checkpoint import require_vocabulary
 from .documents import Document
 
 logger = logging.getLogger(__name__)
@@ -278,6 +279,7 @@ def tokenize_documents(
     Raises:
         DocumentError: no documents, or no document is long enough.
         InvalidParameterError: a negative `start`.
+        CheckpointError: the tokenizer has no vocabulary.
     """
     check_type("length", length, int)
     check_type("start", start, int)
@@ -285,6 +287,7 @@ def tokenize_documents(
         raise InvalidParameterError(f"start is {start}. Pass the number of tokens to leave out, 0 or more.")
     if not documents:
         raise DocumentError("there are no documents. Pass one or more, as load_documents(...) reads them.")
+    require_vocabulary(tokenizer)
     prefix = np.array(special_prefix(tokenizer, bos), dtype=np.int64)
     ids, rows, byte_ends, counts = [], [], [], []
     left_out: list[dict[str, Any]] = []

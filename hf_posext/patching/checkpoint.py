@@ -108,12 +108,39 @@ def open_config(source: Source, **kwargs: Any) -> PreTrainedConfig:
     return config
 
 
+NO_TOKENIZER = (
+    "Expected a tokenizer with a vocabulary, got one without: its folder lacks the files. Save them there, "
+    "tokenizer.save_pretrained(folder), or with the patch, patch_model(model, method, tokenizer=tokenizer)."
+)
+
+
 def open_tokenizer(source: Source, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Read a tokenizer. A GGUF file without a vocabulary raises a `CheckpointError`."""
+    """Read a tokenizer. Without a vocabulary, a GGUF file or a folder raises a `CheckpointError`."""
     if source.gguf is not None:
         GGUFHeader.read(source.gguf_path()).check_vocabulary(source.name)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.place, **source.arguments, **kwargs)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.place, **source.arguments, **kwargs)
+    except ValueError as error:
+        if "instantiate the backend tokenizer" in str(error):  # four lines on ways to build one
+            raise CheckpointError(NO_TOKENIZER) from error
+        raise
+    require_vocabulary(tokenizer)
     return tokenizer
+
+
+def require_vocabulary(tokenizer: Any) -> None:
+    """Refuse a tokenizer without a vocabulary, to which every text is unknown or empty.
+
+    transformers makes such a tokenizer for BERT, GPT-2, T5 and others without a warning if the files are missing. Its
+    tokens are special, except for at most one (`▁`).
+
+    Raises:
+        CheckpointError: there is no vocabulary.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        if len(tokenizer.get_vocab().keys() - special) < 2:
+            raise CheckpointError(NO_TOKENIZER)
 
 
 def open_weights(cls: Any, source: Source, config: PreTrainedConfig | None = None, **kwargs: Any) -> PreTrainedModel:

@@ -40,6 +40,7 @@ from ..evaluation import Document, evaluate_perplexity, longce_weights
 from ..evaluation.documents import as_documents
 from ..evaluation.tokens import first_scored, special_prefix, token_ids
 from ..patching import Patch, find_patch, unwrap
+from ..patching.checkpoint import require_vocabulary
 from ..patching.modes import evaluation_mode
 from ..patching.saved_config import check_resumed, saved_plan, tell_adapters
 from ..plan import PLAN_FILE
@@ -74,6 +75,7 @@ def make_rows(
     remainders and the documents shorter than a row share rows. They stay whole and are separated by their positions.
     Texts that do not fill a row raise a `DocumentError`.
     """
+    require_vocabulary(tokenizer)
     prefix = special_prefix(tokenizer)
     room = length - len(prefix)
     whole: list[Tokens] = []

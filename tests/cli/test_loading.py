@@ -12,12 +12,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    ByT5Tokenizer,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+)
 
 from hf_posext import load_adapter, load_patched, patch_model
 from hf_posext.app import make_shelf
 from hf_posext.cli.loading import load_body, load_model
 from hf_posext.errors import CheckpointError, PosExtError
+from hf_posext.evaluation import Document
+from hf_posext.evaluation.questions import Questions
+from hf_posext.evaluation.tokens import tokenize_documents
+from hf_posext.patching.checkpoint import locate, open_tokenizer, require_vocabulary
+from hf_posext.training.trainer import make_rows
 from tests.conftest import tiny_llama
 
 from .helpers import MODEL, NOVELS, error_of, run
@@ -114,7 +128,29 @@ def test_an_encoder_opens_with_its_head_or_without_but_never_with_a_random_one(t
     for name in ("head", "body"):
         assert type(load_body(str(tmp_path / name), "float32", "cpu")) is BertModel
     line = error_of(run("evaluate", *words_of("evaluate", tmp_path / "body", tmp_path / "out")))
-    assert "cannot load" in line or "lacks" in line  # no tokenizer comes first
+    assert "got one without: its folder lacks the files" in line  # no tokenizer comes first
+
+
+@pytest.mark.parametrize("config", [BertConfig, GPT2Config, LlamaConfig, T5Config])
+def test_a_model_without_its_tokenizer_is_not_measured_on_unknown_tokens(config: Any, tmp_path: Path) -> None:
+    """transformers opens one for BERT, GPT-2 and T5, to which every word is unknown or nothing."""
+    config().save_pretrained(tmp_path)
+    source = locate(str(tmp_path), trust_remote_code=False)
+    with pytest.raises(CheckpointError, match="lacks the files. Save them there"):
+        open_tokenizer(source)
+    if config is not LlamaConfig:
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        texts = [Document("a", "It was the best of times. " * 20)]
+        with pytest.raises(CheckpointError, match="lacks the files"):
+            tokenize_documents(texts, tokenizer, 8)
+        with pytest.raises(CheckpointError, match="lacks the files"):
+            Questions(passkey=1).prompts(tokenizer, None, 512)
+        with pytest.raises(CheckpointError, match="lacks the files"):
+            make_rows(texts, tokenizer, 8)
+
+
+def test_tokenizers_of_bytes_need_no_file() -> None:
+    require_vocabulary(ByT5Tokenizer())
 
 
 # Pickles

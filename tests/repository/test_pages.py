@@ -84,17 +84,24 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
     shape = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}}
     model = tiny_llama(max_position_embeddings=8192, **shape)  # the positions of SmolLM2
 
-    def tokenizer(text: str, return_tensors: str) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.arange(1, 7)[None]}
+    class Tokenizer:
+        model_max_length = 8192
+
+        def __call__(self, text: str, return_tensors: str) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.arange(1, 7)[None]}
+
+        def save_pretrained(self, path: Path) -> None:
+            (path / "tokenizer.json").write_text(str(self.model_max_length))
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: Tokenizer())
     names: dict[str, Any] = {"print": lambda text: record.update(described=text)}
     exec(patching, names)
     assert str(record["described"]).splitlines() == re.findall(r"^# (.*)$", patching, flags=re.MULTILINE)
     assert names["output"].shape == (1, 6 + 64)
     assert 10 <= len([line for line in patching.splitlines() if line and not line.startswith("#")]) <= 12
     assert (tmp_path / "smollm2-yarn-x4" / "model.safetensors").exists() and not names["patch"].active
+    assert (tmp_path / "smollm2-yarn-x4" / "tokenizer.json").read_text() == "32768"
 
     def measured(*args: Any, **settings: Any) -> Any:
         request = inspect.signature(compare).bind(*args, **settings).arguments
