@@ -91,6 +91,15 @@ def edited(path: Path) -> Iterator[dict[str, Any]]:
 class CarriesPlan(Carried):
     """Mixin for the config of a patched model."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of the config. Those of its parts contain the plan where a part is written alone."""
+        data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        for part in data.values():
+            if isinstance(part, dict) and PLAN_KEY in part:
+                del part[PLAN_KEY]
+                part.pop(_EXPERTS, None)
+        return data
+
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write the config for readers of other generations, too."""
         super().to_json_file(json_file_path, use_diff=use_diff)  # type: ignore[misc]
@@ -114,7 +123,7 @@ class StopsReaders(CarriesPlan):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries of the config, one of which stops a model that is built from them."""
-        data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        data = super().to_dict()
         return {**data, _EXPERTS: _unbuildable(data[PLAN_KEY])} if PLAN_KEY in data else data
 
     def _edit(self, data: dict[str, Any], text: dict[str, Any], resumed: bool) -> None:
@@ -232,14 +241,18 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
     log.on_undo(model.register_load_state_dict_pre_hook(_before_load).remove)
     if state.plan.changes_nothing:
         return
-    log.set(config, PLAN_KEY, state.plan.to_dict())
     if not config.architectures:  # `model.save_pretrained` says it, `model.config.save_pretrained` does not
         log.set(config, "architectures", [type(model).__name__])
-    log.set(config, "__class__", mix(StopsReaders if state.native_obstacle else CarriesPlan, type(config)))
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if state.native_obstacle and not any(module._can_set_experts_implementation() for module in modules):
-        # Without experts, only the constructor of another model reads this entry, and stops `from_config`.
-        log.set(config, "_experts_implementation_internal", _unbuildable(state.plan))
+    has_experts = any(module._can_set_experts_implementation() for module in modules)
+    # A part with a config of its own, such as the language model of a multimodal one, may be saved alone.
+    changed = [module.config for module in modules if any(log.changed(part) for part in module.modules())]
+    for each in {id(each): each for each in (config, *changed)}.values():
+        log.set(each, PLAN_KEY, state.plan.to_dict())
+        log.set(each, "__class__", mix(StopsReaders if state.native_obstacle else CarriesPlan, type(each)))
+        if state.native_obstacle and not has_experts:
+            # Without experts, only the constructor of another model reads this entry, and stops `from_config`.
+            log.set(each, "_experts_implementation_internal", _unbuildable(state.plan))
     carry_in_adapters(model, state, getattr(model, "peft_config", None))
     # An adapter that comes after the patch is met when it is saved: every writer asks the model for its state first.
     log.on_undo(model.register_state_dict_pre_hook(_before_state_dict).remove)

@@ -224,6 +224,10 @@ class UndoLog:
         """Return whether `owner.name` was changed."""
         return any(change.target() is owner and change.name == name for change in self._changes)
 
+    def changed(self, owner: Any) -> bool:
+        """Return whether an attribute of `owner` was changed, other than an entry of this package."""
+        return any(change.target() is owner and not change.name.startswith("_posext") for change in self._changes)
+
     def transfer(self, owner: Any, successor: Any) -> None:
         """Move the changes of `owner` to the object that replaced it."""
         self._changes = [

@@ -20,6 +20,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -38,7 +41,7 @@ from hf_posext.errors import (
 )
 from hf_posext.training import KeepsPlan
 from tests.adapters.helpers import with_adapter
-from tests.conftest import TRAINED, logits, realigned, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.helpers import run_python, shipped_tokenizer
 
 IDS = tokens(3 * TRAINED)
@@ -172,6 +175,62 @@ def test_a_model_built_from_the_config_is_equal_or_stopped(method: str) -> None:
     assert torch.equal(logits(realigned(twin), IDS), logits(realigned(model), IDS))
     unpatch_model(model)
     type(model)(model.config)
+
+
+def tiny_llava() -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=tiny_llama().config, image_token_index=3)
+    torch.manual_seed(0)
+    return sharpen(LlavaForConditionalGeneration(config))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("method", ["yarn", "rerope", "dynamic-ntk", "log-n", "cope"])
+def test_a_language_model_that_is_saved_alone_keeps_the_positions(method: str, tmp_path: Path) -> None:
+    model = tiny_llava()
+    plain = type(model.config.text_config)
+    patch = patch_model(model, method, factor=4, trained_length=TRAINED)
+    with torch.no_grad():
+        expected = model.model.language_model(IDS).last_hidden_state
+    model.model.language_model.save_pretrained(tmp_path / "alone")
+    opened = realigned(load_patched(tmp_path / "alone"))
+    with torch.no_grad():
+        torch.testing.assert_close(opened(IDS).last_hidden_state, expected, atol=1e-5, rtol=0)  # other addresses
+    unpatch_model(opened)
+
+    built = copy.deepcopy(model.config.text_config)
+    if method == "yarn":
+        torch.testing.assert_close(
+            AutoModel.from_pretrained(tmp_path / "alone")(IDS).last_hidden_state, expected, atol=1e-5, rtol=0
+        )
+        AutoModel.from_config(built)
+    else:
+        with pytest.raises(ValueError, match="hf_posext plan"):
+            AutoModel.from_pretrained(tmp_path / "alone")
+        for each in (built, type(built).from_dict(built.to_dict())):
+            with pytest.raises(ValueError, match="hf_posext plan"):
+                AutoModel.from_config(each)
+
+    model.save_pretrained(tmp_path / "whole")
+    saved = json.loads((tmp_path / "whole/config.json").read_text())
+    assert "posext_plan" in saved and not any("plan" in key or "implementation" in key for key in saved["text_config"])
+    assert "posext_plan" not in vars(model.config.vision_config)
+    whole = load_patched(tmp_path / "whole")
+    torch.testing.assert_close(logits(whole, IDS), logits(model, IDS), atol=1e-5, rtol=0)
+    unpatch_model(whole)
+    whole.model.language_model.save_pretrained(tmp_path / "undone")
+    assert "posext" not in (tmp_path / "undone/config.json").read_text()
+    patch.undo()
+    assert type(model.config.text_config) is plain and "posext" not in model.config.to_json_string(use_diff=False)
+
+
+def test_a_stack_that_is_saved_alone_stops_its_reader(tmp_path: Path) -> None:
+    model = patched("bucket-linear")
+    for stack in (model.encoder, model.decoder):
+        stack.save_pretrained(tmp_path / type(stack).__name__)
+        with pytest.raises(ValueError, match="hf_posext plan"):
+            AutoModel.from_pretrained(tmp_path / type(stack).__name__)
 
 
 def test_undo_of_what_was_loaded(tmp_path: Path) -> None:
