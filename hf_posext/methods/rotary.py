@@ -33,7 +33,8 @@ class FrequencyMethod(Method):
     """A method that gives each rotary pair another frequency.
 
     Subclasses implement [`~FrequencyMethod.rescale`]. Sets of frequencies whose layers see no farther than the trained
-    length (the sliding-window layers of Gemma-3 and others) are left as shipped: no distance in them is ever new.
+    length (the sliding-window layers of Gemma-3, all layers of Cohere 2 that rotate) are left as shipped: no distance
+    in them is ever unseen.
     """
 
     kinds = ("rotary",)

@@ -17,6 +17,8 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import PosExtError, UnsupportedModelError
 from ..scheme import PositionalScheme, Rotary
+from .modes import replaced_attention
+from .remap.layout import WINDOW, Probing, skeleton_of
 from .saved_config import saved_plan, without_stop
 from .sites import (
     LENGTH_FIELDS,
@@ -24,6 +26,7 @@ from .sites import (
     alibi_slopes,
     bucket_modules,
     has_alibi,
+    holders,
     makes_windows,
     position_tables,
     read_buckets,
@@ -31,6 +34,9 @@ from .sites import (
     sinusoids,
 )
 from .undo import mark_of, plain_class, unwrap
+
+SHOWN = WINDOW + 8
+"""Tokens of a text that shows the windows of a skeleton."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,8 @@ def detect_scheme(model_or_config: nn.Module | PreTrainedConfig) -> PositionalSc
     """Return the positional encoding of a model as shipped, even while a patch is in force.
 
     Args:
-        model_or_config (`PreTrainedModel` or `PreTrainedConfig`): a config is enough; no weights are made then.
+        model_or_config (`PreTrainedModel` or `PreTrainedConfig`): a config is enough; no weights of its size are made
+            then.
 
     Raises:
         UnsupportedModelError: neither of the two, or a config of which transformers can build no model.
@@ -181,7 +188,7 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
     kind, obstacle = _kind(model, config, bool(sites))
     rotaries: list[Rotary] = []
     for site in sites.values() if kind == "rotary" else ():
-        rotary = _rotary(site)
+        rotary = _rotary(model, site)
         if rotary is None:
             obstacle = (
                 f"{config.model_type} has frequencies in {site.path} that do not follow theta ** (-2i/d); "
@@ -217,7 +224,7 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
     )
 
 
-def _rotary(site: RotarySite) -> Rotary | None:
+def _rotary(model: PreTrainedModel, site: RotarySite) -> Rotary | None:
     """Return one set of frequencies before any scaling, or `None` where it follows no base."""
     config: Any = getattr(site.module, "config")  # noqa: B009  nn.Module types its attributes as tensors
     parameters = dict(getattr(config, "rope_parameters", None) or {})
@@ -226,7 +233,9 @@ def _rotary(site: RotarySite) -> Rotary | None:
     slots = getattr(site.module, f"{site.prefix}inv_freq").numel()
     theta = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
     # a layer type states a window, which binds where the file of the model makes masks for one
-    window = _window(config, site.layer_type) if makes_windows(site.module) else None
+    window = None
+    if makes_windows(site.module):
+        window = _window(config, site.layer_type) if site.layer_type else _farthest(model, site)
     if parameters.get("rope_type") == "proportional":
         pairs = int(float(parameters.get("partial_rotary_factor", 1.0)) * slots)
         return Rotary(site.name, theta, 2 * slots, pairs, slots, window, parameters)
@@ -268,6 +277,37 @@ def _window(config: Any, layer_type: str) -> int | None:
     layers = [index for index, kind in enumerate(config.layer_types) if kind == layer_type]
     windows = [config.per_layer_config[index].sliding_window for index in layers]  # NeoMME: some of them are None
     return None if None in windows else max(windows)
+
+
+def _farthest(model: PreTrainedModel, site: RotarySite) -> int | None:
+    """Return the farthest distance that layers which rotate see, for layers that share a set of frequencies.
+
+    In Cohere 2, EXAONE 4, and Mistral with a window, no layer that rotates sees beyond the window. No attribute says
+    so in all of them. A layer of a skeleton rotates if its keys follow the positions, and its mask shows its window.
+    """
+    backbone = holders(model, site.path)[0]
+    window = getattr(backbone.config, "sliding_window", None)
+    asked = isinstance(window, int) and "position_ids" in inspect.signature(backbone.forward).parameters
+    skeleton = skeleton_of(backbone) if asked else None
+    if skeleton is None:
+        return None
+    paths = {module: path for path, module in skeleton.named_modules()}
+    ids = torch.arange(SHOWN) % skeleton.config.vocab_size
+    runs = [Probing({}) for _ in range(2)]
+    for stride, run in enumerate(runs, 1):
+
+        def attend(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **_: Any) -> Any:
+            return run.capture(paths[module], query, key, value, attention_mask)  # noqa: B023  runs before the next one
+
+        # positions with gaps need a mask: without one, they begin other documents
+        inputs = {"input_ids": ids[None], "position_ids": stride * torch.arange(SHOWN)[None]}
+        with replaced_attention(skeleton, "posext-windows", attend), torch.no_grad():
+            skeleton(**inputs, attention_mask=torch.ones(1, SHOWN), use_cache=False)
+    keys = [{path: states[1] for path, states in run.captured.items()} for run in runs]
+    rotating = [path for path in keys[0] if not torch.equal(keys[0][path], keys[1][path])]
+    # the window of the skeleton is smaller, to show in a short text
+    inside = rotating and all(runs[0].windows[path] == min(window, WINDOW) for path in rotating)
+    return window if inside else None
 
 
 def _lengths(config: PreTrainedConfig, rotaries: list[Rotary]) -> tuple[int | None, str, int | None]:

@@ -19,11 +19,10 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ..errors import InvalidParameterError, UnsupportedModelError
 from .detect import text_config
-from .modes import evaluation_mode, forget_attention, register_attention, switched_attention
+from .modes import evaluation_mode, replaced_attention
 from .remap.attention import arguments_read
 from .sites import makes_windows
 
@@ -63,19 +62,19 @@ def shifted_sparse_attention(model: PreTrainedModel, groups: int = 4) -> Iterato
         )
     reached: list[str] = []
 
-    def probe(module: nn.Module, query: Any, key: Any, value: Any, mask: Any = None, **kwargs: Any) -> Any:
-        _refuse(module, query, mask, kwargs)
+    def probe(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        _refuse(module, query, attention_mask, kwargs)
         reached.append(type(module).__name__)
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    with _attention(model, "posext-shifted-probe", probe), evaluation_mode(model), torch.no_grad():
+    with replaced_attention(model, "posext-shifted-probe", probe), evaluation_mode(model), torch.no_grad():
         model(input_ids=torch.arange(3, 11, device=model.device)[None] % config.vocab_size, use_cache=False)
     if not reached:
         raise UnsupportedModelError(
             f"{config.model_type} does not send its attention through transformers' AttentionInterface; "
             "train it without shifted sparse attention"
         )
-    with _attention(model, name, partial(shifted_attention, groups=groups)):
+    with replaced_attention(model, name, partial(shifted_attention, groups=groups)):
         yield
 
 
@@ -144,17 +143,6 @@ def _refuse(module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, g
         )
     if query.shape[1] < 2:
         raise UnsupportedModelError(f"{type(module).__name__} has one head, and half of them are to be shifted")
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str, function: Any) -> Iterator[None]:
-    """Register the model's attention under a temporary name inside the context."""
-    register_attention(name, function, sdpa_mask)
-    try:
-        with switched_attention(model, name):
-            yield
-    finally:
-        forget_attention(name)
 
 
 def check_packing(model: PreTrainedModel) -> None:

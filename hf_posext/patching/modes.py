@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from ..errors import UnsupportedModelError
 from .undo import UndoLog, own_configs, unwrap
@@ -127,6 +128,17 @@ def switched_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         log.undo()
+
+
+@contextmanager
+def replaced_attention(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace the attention of a model inside the context. `name` is for transformers' registries."""
+    register_attention(name, function, sdpa_mask)
+    try:
+        with switched_attention(model, name):
+            yield
+    finally:
+        forget_attention(name)
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:

@@ -327,7 +327,7 @@ def _why_nothing(plan: ExtensionPlan) -> str:
     windows = [rotary.window for rotary in plan.scheme.rotaries]
     if windows and all(window is not None and window <= plan.trained_length for window in windows):
         reach = max(window for window in windows if window is not None)
-        return f"no layer looks back farther than {reach} tokens, which is within the trained {plan.trained_length}"
+        return f"no layer that rotates sees farther back than {reach} tokens, within the trained {plan.trained_length}"
     return "the plan contains no edit"
 
 

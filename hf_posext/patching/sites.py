@@ -277,7 +277,7 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
             model = weightless_twin(model)
         except Exception:
             return None
-    for holder in _holders(model, path):
+    for holder in holders(model, path):
         rows = _rows_read(holder, model.get_submodule(path))
         if rows is not None:
             return rows
@@ -289,7 +289,7 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def _holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
+def holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
     """Return the transformers models around a module, innermost first: the text part of a model needs no picture."""
     around = [
         (outer, module)

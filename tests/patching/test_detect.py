@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from hf_posext import detect_scheme, patch_model
-from hf_posext.errors import MethodNotApplicableError, UnsupportedModelError
+from hf_posext.errors import MethodNotApplicableError, NoEffectError, UnsupportedModelError
 
 from ..conftest import tiny_llama
 from ..zoo import build
@@ -220,3 +220,30 @@ def test_positions_of_pictures_are_refused() -> None:
     model = build("clip_vision_model", task="base")
     with pytest.raises(MethodNotApplicableError, match="clip_vision_model cannot be changed: it reads no text"):
         patch_model(model, "table-linear", factor=4)
+
+
+WINDOWED = ("afmoe", "cohere2", "exaone4", "ministral", "mistral", "phi3", "starcoder2")
+"""Types in which no layer that rotates sees beyond a window: by their modeling files, others have no positions."""
+
+SEES_ALL = ("cwm", "gemma2", "gpt_oss", "qwen2", "vaultgemma")
+"""Types with windows in which some layer that rotates sees all of a text."""
+
+
+@pytest.mark.parametrize("kind", [*WINDOWED, *SEES_ALL])
+def test_a_set_of_frequencies_reaches_as_far_as_the_layers_that_rotate_by_it(kind: str) -> None:
+    model = build(kind, sliding_window=20)
+    before = {name: id(value) for name, value in vars(model.config).items()}
+    for scheme in (detect_scheme(model), detect_scheme(model.config)):
+        assert [rotary.window for rotary in scheme.rotaries] == [20 if kind in WINDOWED else None]
+    assert {name: id(value) for name, value in vars(model.config).items()} == before
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_frequencies_that_meet_no_unseen_distance_stay_as_they_are(kind: str) -> None:
+    model = build(kind, sliding_window=20)
+    for method in ("linear", "yarn", "dynamic-ntk", "theta"):
+        with pytest.raises(NoEffectError, match="no layer that rotates sees farther back than 20 tokens"):
+            patch_model(model, method, factor=4)
+    patch_model(model, "nope").undo()  # meant for all lengths
+    with patch_model(model, "yarn", factor=4, trained_length=16) as patch:  # windows are wider than the training
+        assert patch.plan.rotaries

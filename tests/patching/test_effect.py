@@ -86,6 +86,8 @@ def test_the_verdict_is_what_logits_show(name: str, monkeypatch: pytest.MonkeyPa
             plan = method.plan(scheme, target_length=TARGET)
         except InvalidParameterError:
             continue  # a method that has to come after another
+        if plan.changes_nothing:
+            continue  # new frequencies, in layers that all have windows within the trained length
         refused: list[NoEffectError] = []
 
         def note(*arguments: Any, refused: list[NoEffectError] = refused) -> None:
@@ -136,7 +138,7 @@ def test_a_component_is_judged_as_logits_show(
     model, verdicts = MODELS[name](), set()
     for base, component in COMPONENTS:
         method = as_method(f"{base}+{component}")
-        if name != "all" and "rerope(window=48)" in base:
+        if name != "all" and ("rerope(window=48)" in base or "ntk" in base or "yarn" in base):
             continue  # the base has no effect in layers that see 48 tokens
         readings = []
         for text in (base, method):

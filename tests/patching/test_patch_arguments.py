@@ -243,7 +243,7 @@ def test_a_plan_without_effect_is_refused() -> None:
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": TRAINED}
     model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, **windows)).eval()
-    with pytest.raises(NoEffectError, match="no layer looks back farther than 16 tokens, .* the trained 64"):
+    with pytest.raises(NoEffectError, match="no layer that rotates sees farther back than 16 tokens, .* 64"):
         patch_model(model, "yarn", factor=4)
     with patch_model(model, "none"):
         pass

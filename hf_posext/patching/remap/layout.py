@@ -28,7 +28,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...plan import ExtensionPlan, Growth, QueryScale
-from ..detect import text_config
 from ..kernels import one_pass
 from ..kernels.bands import Bands, visible
 
@@ -449,7 +448,7 @@ def _rewiden(config: Any, width: int, less: int) -> None:
 def _shortened(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a config with a small vocabulary and small feed-forward layers, which do not affect attention."""
     short: Any = copy.deepcopy(config)
-    short._attn_implementation_internal = text_config(config)._attn_implementation
+    short._attn_implementation_internal = config.get_text_config(decoder=True)._attn_implementation
     for name, value in list(vars(short).items()):
         if name.endswith("_token_id") or name in ("pad_index", "eos_index"):
             ids = [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
