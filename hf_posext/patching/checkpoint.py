@@ -31,7 +31,7 @@ from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedM
 from ..plan import PLAN_FILE, PLAN_KEY, SCHEMA, ExtensionPlan
 from .detect import text_config
 from .saved_config import CarriesPlan, open_patched_config, saved_plan
-from .sites import LENGTH_FIELDS
+from .sites import LENGTH_FIELDS, positions_ahead
 from .tables import set_rows, tables_of
 from .undo import LastingLog, mix
 from .untrusted import GGUFHeader, check_directory, check_shards, pickles_of, read_json
@@ -404,7 +404,7 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
     longer: dict[str, torch.Tensor] = {path: module.weight for path, module in tables.items()}
     first = next(iter(tables.values()))
     offset = plan.scheme.table.offset if plan.scheme.table else 0
-    if first.num_embeddings != plan.target_length + offset:
+    if first.num_embeddings != offset + plan.target_length + (positions_ahead(model) if plan.table else 0):
         raise PlanMismatchError(
             f"the plan in {directory} is for {plan.target_length} positions, the weights have a table of "
             f"{first.num_embeddings} rows; put back the plan that was saved with them"

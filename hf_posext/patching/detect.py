@@ -29,6 +29,7 @@ from .sites import (
     holders,
     makes_windows,
     position_tables,
+    positions_ahead,
     read_buckets,
     read_table,
     sinusoids,
@@ -205,7 +206,8 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
         obstacle = f"{config.model_type} cannot be changed: it reads no text"
     trained, source, shipped = _lengths(config, rotaries)
     if table is not None:
-        trained, source, shipped = table.usable, "positions in the learned table", table.usable
+        trained = shipped = table.usable - positions_ahead(model)
+        source = "positions in the learned table"
     saved = saved_plan(model.config)
     if saved is not None:
         trained, source = saved.trained_length, "the plan under which the model was saved"
@@ -286,9 +288,10 @@ def _farthest(model: PreTrainedModel, site: RotarySite) -> int | None:
     so in all of them. A layer of a skeleton rotates if its keys follow the positions, and its mask shows its window.
     """
     backbone = holders(model, site.path)[0]
-    window = getattr(backbone.config, "sliding_window", None)
-    asked = isinstance(window, int) and "position_ids" in inspect.signature(backbone.forward).parameters
-    skeleton = skeleton_of(backbone) if asked else None
+    window: int | None = getattr(backbone.config, "sliding_window", None)
+    if window is None or "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return None
+    skeleton = skeleton_of(backbone)
     if skeleton is None:
         return None
     paths = {module: path for path, module in skeleton.named_modules()}

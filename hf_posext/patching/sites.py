@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedModelError
 from ..scheme import Buckets, Table
 from .modes import evaluation_mode
+from .remap.layout import skeleton_of
 from .undo import source_file
 
 TABLE_NAMES = ("wpe", "position_embeddings", "embed_positions", "position_embedding", "positions_embed")
@@ -237,14 +238,14 @@ class _Lookup(TorchFunctionMode):
         super().__init__()
         self.table = table
         self.goes_on = goes_on
-        self.rows: torch.Tensor | None = None
+        self.rows: list[torch.Tensor] = []  # of each lookup
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.embedding:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if weight is self.table.weight:
-                self.rows = args[0] if args else kwargs["input"]
+                self.rows.append(args[0] if args else kwargs["input"])
                 if not self.goes_on:
                     raise _Reached
         return func(*args, **kwargs)
@@ -278,10 +279,23 @@ def row_of_position_zero(model: PreTrainedModel, path: str) -> int | None:
         except Exception:
             return None
     for holder in holders(model, path):
-        rows = _rows_read(holder, model.get_submodule(path))
-        if rows is not None:
-            return rows
+        lookups = _rows_read(holder, model.get_submodule(path), goes_on=is_offloaded(model))
+        if lookups:
+            return lookups[0][0]
     return None
+
+
+def positions_ahead(model: PreTrainedModel) -> int:
+    """Return how many positions past its last token a text reads: 1 in ProphetNet, which predicts two tokens at once.
+
+    A skeleton is asked, which has to run through: a forward reads a table more than once.
+    """
+    skeleton = skeleton_of(model)
+    if skeleton is None:
+        return 0
+    tables = position_tables(skeleton).values()
+    lookups = [rows for rows in (_rows_read(skeleton, table, goes_on=True) for table in tables) if rows]
+    return max((rows[-1] - first[-1] for first, *others in lookups for rows in others), default=0)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -299,23 +313,23 @@ def holders(model: PreTrainedModel, path: str) -> list[PreTrainedModel]:
     return [module for _, module in sorted(around, key=lambda pair: -len(pair[0]))]
 
 
-def _rows_read(model: PreTrainedModel, table: Any) -> int | None:
-    """Return the first row that a text reads; `None` where the forward does not get there, or rows have gaps."""
+def _rows_read(model: PreTrainedModel, table: Any, goes_on: bool) -> list[list[int]]:
+    """Return the rows that a text reads in each lookup; none where the forward does not get there, or with gaps."""
     ids = probe_text(model, 4)
     taken = inspect.signature(model.forward).parameters
     names = [name for name in ("input_ids", "decoder_input_ids") if name in taken]
-    lookup = _Lookup(table, goes_on=is_offloaded(model))
+    lookup = _Lookup(table, goes_on)
     try:
         with evaluation_mode(model), torch.no_grad(), lookup:
             model(**dict.fromkeys(names, ids))
     except _Reached:
         pass
     except Exception:  # it wants more than text, or an index is on the meta device
-        return None
-    if lookup.rows is None or lookup.rows.is_meta:
-        return None
-    rows: list[int] = lookup.rows.flatten()[:4].tolist()
-    return rows[0] if rows == list(range(rows[0], rows[0] + 4)) else None
+        return []
+    if any(rows.is_meta for rows in lookup.rows):
+        return []
+    read: list[list[int]] = [rows.flatten()[:4].tolist() for rows in lookup.rows]
+    return read if all(rows == list(range(rows[0], rows[0] + 4)) for rows in read) else []
 
 
 def attention_projections(model: PreTrainedModel) -> list[str]:

@@ -24,6 +24,7 @@ from .sites import (
     LENGTH_FIELDS,
     path_without_adapter,
     position_tables,
+    positions_ahead,
     row_of_position_zero,
     sinusoids,
     text_configs,
@@ -43,6 +44,7 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> No
     masks = [buffer for part in model.modules() for buffer in part._buffers.values() if _is_mask(buffer, tables)]
     check_table_size(plan.target_length, plan.target_length // 4, len(masks))  # a byte for each pair
     rows: dict[str, torch.Tensor] = {}
+    count = plan.target_length + positions_ahead(model)
     for path, module in tables.items():
         if module.weight.is_meta:
             raise UnsupportedModelError(
@@ -50,9 +52,9 @@ def apply_table(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLog) -> No
                 f"device_map={{..., {path!r}: 'cpu'}}, then patch."
             )
         old = module.weight.detach()
-        longer = old.new_empty(plan.target_length, old.shape[1])
-        for start in range(0, plan.target_length, BLOCK):
-            positions = torch.arange(start, min(start + BLOCK, plan.target_length))
+        longer = old.new_empty(count, old.shape[1])
+        for start in range(0, count, BLOCK):
+            positions = torch.arange(start, min(start + BLOCK, count))
             longer[start : start + BLOCK] = stretch(
                 old[offset : offset + plan.trained_length], plan.table, positions
             ).to(old)

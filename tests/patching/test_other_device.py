@@ -90,6 +90,17 @@ def test_a_default_device_is_not_that_of_a_plan(make: Callable[[], PreTrainedMod
         torch.testing.assert_close(out, reference, **CLOSE)
 
 
+@pytest.mark.parametrize(("make", "method"), [CASES[0], CASES[2], *CASES[-8:]])
+def test_models_are_patched_where_the_default_device_has_no_numbers(
+    make: Callable[[], PreTrainedModel], method: str | Method
+) -> None:
+    model, expected = make(), readings(make(), method, on_device=False)[0]
+    with torch.device("meta"):
+        patch_model(model, method, factor=8, trained_length=16)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
     ("make", "method"), [*((tiny_llama, method) for method in ("yarn", "dynamic-ntk", *REMAPPING)), CASES[-3]]
