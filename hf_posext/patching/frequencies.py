@@ -39,8 +39,15 @@ class KeepsFrequencies(Mixin):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> KeepsFrequencies:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, numbers in self._posext_frequencies.items():
-            setattr(self, name, torch.tensor(numbers, dtype=torch.float32, device=getattr(self, name).device))
+            setattr(self, name, _frequencies(numbers, getattr(self, name).device))
         return self
+
+
+def _frequencies(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return frequencies that `model.apply(model._init_weights)` leaves, although no config may express them."""
+    frequencies = torch.tensor(numbers, dtype=torch.float32, device=device)
+    frequencies._is_hf_initialized = True  # type: ignore[attr-defined]
+    return frequencies
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def _write(site: RotarySite, entry: RotaryPlan, log: UndoLog) -> None:
     device = getattr(module, f"{prefix}inv_freq").device
     for name, values in numbers.items():
         put = log.replace if name in module._buffers else log.set
-        put(module, name, torch.tensor(values, dtype=torch.float32, device=device))
+        put(module, name, _frequencies(values, device))
     scaling = getattr(module, f"{prefix}attention_scaling", None)
     if scaling is not None:
         log.set(module, f"{prefix}attention_scaling", entry.attention_factor)

@@ -250,6 +250,20 @@ def test_layer_types_have_their_own_frequencies() -> None:
         assert model.model.rotary_emb.full_attention_inv_freq.abs().max() == 0
 
 
+@pytest.mark.parametrize("method", ["yarn", "linear", "cope", "ntk+resonance", "dynamic-yarn"])
+def test_weights_that_are_made_anew_keep_the_positions(method: str, llama: LlamaForCausalLM) -> None:
+    """`apply(_init_weights)` starts a training from scratch, and computes the frequencies of rotary modules anew."""
+    weights = {name: weight.clone() for name, weight in llama.state_dict().items()}
+    before = logits(llama, LONG)
+    with patch_model(llama, method, factor=8):
+        after = logits(llama, LONG)
+        for model in (llama, copy.deepcopy(llama).double().float()):
+            model.apply(model._init_weights)
+            model.load_state_dict(weights)
+            torch.testing.assert_close(logits(model, LONG), after, atol=1e-5, rtol=0)  # the copy has other addresses
+    assert torch.equal(logits(llama, LONG), before)
+
+
 def tiny_deepseek(rope_parameters: dict[str, object]) -> DeepseekV3ForCausalLM:
     torch.manual_seed(0)
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
