@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pages import ROOT, table
@@ -21,7 +23,7 @@ SERVERS = {"vLLM": serve_vllm, "SGLang": serve_sglang, "llama.cpp": serve_llama_
 
 
 def methods_table(names: list[str] | None = None) -> str:
-    """Return the table of methods: name, scheme, summary, paper and published code.
+    """Return the table of methods: name, scheme, summary, paper; of all methods also their files and published code.
 
     Args:
         names (`list[str]`, *optional*): methods to list. Defaults to every registered method.
@@ -32,7 +34,9 @@ def methods_table(names: list[str] | None = None) -> str:
             extends = "any" if name == "none" else ", ".join(method.kinds)
             paper = f"[{method.title}]({method.url})" if method.url else method.title
             code = f", [code]({method.code})" if method.code and names is None else ""
-            rows.append((f"`{name}`", extends, method.summary(), paper + code))
+            file = Path(inspect.getfile(method)).relative_to(ROOT)
+            label = f"`{name}`" if names else f"[`{name}`](../{file})"
+            rows.append((label, extends, method.summary(), paper + code))
     return table(("method", "extends", "what it does", "paper"), rows, left=4)
 
 

@@ -263,7 +263,7 @@ def recommend(
             more are recommended, because intervals are computed over documents.
         target_length (`int`): number of tokens to read, above the trained length.
         budget (`int`, *optional*): maximum number of tokens processed by the model, never exceeded. By default a
-            quarter of the exhaustive sweep, or the cost of one comparison if that is more.
+            quarter of the exhaustive sweep, or the cost of all contenders on one document if that is more.
         methods (`Sequence[str | Method]`, *optional*): methods to choose from, by default all applicable ones.
         short_limit (`float`, *optional*, defaults to 0.01): largest relative increase of perplexity allowed inside the
             trained length. 0.01 is one per cent.
@@ -291,7 +291,7 @@ def recommend(
         model, tokenizer, documents, target_length, methods=methods, trained_length=trained_length,
         passkey=passkey, start=start, seed=seed, journal=journal, accelerator=accelerator,
     ) as sweep:  # fmt: skip
-        if budget is None:  # a quarter may not cover one comparison
+        if budget is None:  # a quarter of a few contenders on a few documents does not cover one document for each
             budget = max(least_tokens(sweep.prices(sweep.names)), round(SHARE * sweep.exhaustive_tokens))
         return Halving(sweep, short_limit, budget).run()
 
@@ -496,7 +496,7 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
     for candidate in (*full, *fewer):
         if candidate.tokens(prices) <= budget:
             return candidate
-    least = least_tokens(prices)
+    least = least_tokens(prices._replace(methods=prices.methods[:1]))
     raise InvalidParameterError(
         f"Expected a budget of at least {least} tokens (one method and the control on one document), got {budget}. "
         "Pass more, or a smaller target_length."
@@ -504,8 +504,8 @@ def schedule(documents: int, prices: Prices, budget: int) -> Schedule:
 
 
 def least_tokens(prices: Prices) -> int:
-    """Return the cost of one comparison: the first contender and the control on one document."""
-    return _halved(1, 1, 1, 1).tokens(prices)
+    """Return the cost of the contenders and the control on one document."""
+    return _halved(len(prices.methods), 1, 1, 1).tokens(prices)
 
 
 def _halved(contenders: int, first: int, documents: int, control: int) -> Schedule:

@@ -119,7 +119,8 @@ def draw_losses(panel: Axes, diagnosis: Diagnosis) -> None:
     level = f"last {diagnosis.provenance['context']} tokens"
     methods = [name for name in dict.fromkeys(lines.curve) if name not in ("none", level)]
     styles: dict[str, Any] = {name: {**style, "markersize": 4} for name, style in method_styles(methods).items()}
-    styles |= {"none": {"color": BEFORE}, level: {"color": CONTROL, "linestyle": "--", "zorder": 2.5}}
+    dashes = ":" if "truncated" in methods else "--"  # the control is grey and dashed, too
+    styles |= {"none": {"color": BEFORE}, level: {"color": CONTROL, "linestyle": dashes, "zorder": 2.5}}
     names = {"none": "as it is", level: "as it is, short context"}
     for name in ("none", *methods, level):
         curve = lines[lines.curve == name]

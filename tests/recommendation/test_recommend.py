@@ -93,6 +93,18 @@ def test_a_quarter_of_the_cost_comes_within_a_per_cent_of_the_best(read: list[in
     assert result.cost["exhaustive_tokens"] == contenders * (6 * TARGET + TRAINED) + 6 * (TRAINED + control)
 
 
+def test_by_default_every_contender_reads_a_document_however_few_there_are() -> None:
+    """A quarter of two contenders on two documents covers only one of them."""
+    model, tokenizer, texts = shipped()
+    settings = {"methods": ["linear", "rerope"], "trained_length": TRAINED, "passkey": 0}
+    result = recommend(model, tokenizer, texts[:2], TARGET, **settings)
+    assert result.cost["budget"] > result.cost["exhaustive_tokens"] / 4
+    assert "the budget does not pay for it" not in result.left_out.values()
+    assert result.cost["tokens"] <= result.cost["budget"]
+    with_less = recommend(model, tokenizer, texts[:2], TARGET, result.cost["budget"] - 1, **settings)
+    assert "the budget does not pay for it" in with_less.left_out.values()
+
+
 def test_with_enough_budget_the_numbers_are_those_of_a_comparison() -> None:
     result = run(methods=["yarn", "rerope"], budget=10**6)
     everything = reference(["yarn", "rerope"])

@@ -66,7 +66,9 @@ def test_make_pages_runs_every_writer() -> None:
 
 def test_every_method_is_in_the_table() -> None:
     table = readme.methods_table()
-    assert all(f"| `{method.name}` |" in table for method in list_methods())
+    files = dict(re.findall(r"^\| \[`([\w-]+)`\]\(\.\./(\S+)\) \|", table, flags=re.MULTILINE))
+    assert files.keys() == {method.name for method in list_methods()}
+    assert all(f'name = "{name}"' in (ROOT / file).read_text(encoding="utf-8") for name, file in files.items())
 
 
 def test_the_commands_of_the_readme_exist() -> None:
