@@ -304,8 +304,11 @@ def _farthest(model: PreTrainedModel, site: RotarySite) -> int | None:
 
         # positions with gaps need a mask: without one, they begin other documents
         inputs = {"input_ids": ids[None], "position_ids": stride * torch.arange(SHOWN)[None]}
-        with replaced_attention(skeleton, "posext-windows", attend), torch.no_grad():
-            skeleton(**inputs, attention_mask=torch.ones(1, SHOWN), use_cache=False)
+        try:
+            with replaced_attention(skeleton, "posext-windows", attend), torch.no_grad():
+                skeleton(**inputs, attention_mask=torch.ones(1, SHOWN), use_cache=False)
+        except Exception:  # it wants more than text (the decoder of T5Gemma)
+            return None
     keys = [{path: states[1] for path, states in run.captured.items()} for run in runs]
     rotating = [path for path in keys[0] if not torch.equal(keys[0][path], keys[1][path])]
     # the window of the skeleton is smaller, to show in a short text

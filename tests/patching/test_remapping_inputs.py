@@ -197,7 +197,7 @@ def test_models_without_a_head(name: str, cls: Any, base: str) -> None:
 def test_models_and_calls_that_attend_to_both_sides_are_refused(name: str, base: str) -> None:
     model = tiny_llama(attn_implementation=base)
     model.config.is_causal = False
-    with pytest.raises(UnsupportedModelError, match="llama attends to both sides .* causal attention"):
+    with pytest.raises(UnsupportedModelError, match="causal attention for .*, got llama, which attends to both sides"):
         patch(model, name)
     model.config.is_causal = True
     patch(model, name)

@@ -23,6 +23,7 @@ from hf_posext.errors import InvalidParameterError, UnsupportedModelError
 from hf_posext.patching.long_rows import shifted_attention, shifted_sparse_attention
 
 from ..conftest import tiny_bloom, tiny_gpt2, tiny_llama, tokens
+from ..zoo import build
 
 LENGTH, GROUPS = 32, 4
 
@@ -147,6 +148,15 @@ def test_gpt2_attends_in_groups_too() -> None:
     near = torch.isclose(first, second, rtol=1e-4, atol=1e-5).all(-1)[0]  # other kernels, float32
     assert near[:4].all(), "of the first half-group nothing is cut off"
     assert not near[4:].any()
+
+
+def test_a_mask_that_a_model_passes_by_its_name() -> None:
+    """As AFMoE does, in layers with a window."""
+    model, ids = build("afmoe", sliding_window=8), tokens(LENGTH)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        with shifted_sparse_attention(model, GROUPS):
+            torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=0, rtol=0)
 
 
 def test_what_it_cannot_honour_is_refused() -> None:

@@ -462,8 +462,8 @@ def backward_task() -> int:
 def both_sides(method: str, kind: str, where: str) -> str:
     """Return the error message for a bidirectional model or call."""
     return (
-        f"{kind} attends to both sides ({where}); {method} is defined for causal attention. "
-        "A frequency method such as yarn can be used there"
+        f"Expected causal attention for {method}, got {kind}, which attends to both sides ({where}). Pass a frequency "
+        "method such as yarn."
     )
 
 

@@ -76,7 +76,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     indexed = any("Indexer" in type(module).__name__ for module in model.modules())
     if indexed and (plan.follows_rows or by_pair):
         raise UnsupportedModelError(
-            f"{kind} selects keys by their rotated states; {plan.method} cannot follow rows or pairs there, yarn can"
+            f"Expected keys that nothing selects by their rotated states, got the indexer of {kind}. Pass a frequency "
+            f"method such as yarn instead of {plan.method}."
         )
     config: Any = text_config(model.config)
     base = config._attn_implementation or "eager"
@@ -94,7 +95,8 @@ def apply_late_rotation(model: PreTrainedModel, plan: ExtensionPlan, log: UndoLo
     backbone, prefix = _backbone(model, sites[0])
     if by_pair and not all(follows_angles(site, plan.target_length) for site in sites):
         raise UnsupportedModelError(
-            f"{kind} computes its frequencies in each call; {plan.method}, which maps rotary pairs, cannot change them"
+            f"Expected frequencies that are computed once, got {kind}, which computes them in each call. Pass a "
+            f"method that maps no rotary pairs, such as rerope, instead of {plan.method}."
         )
     unmapped = Remapping(replace(plan, edits=()), base, delta=indexed)
     if plan.bands and any(getattr(holder, "is_causal", True) is False for holder in (config, backbone.config)):
@@ -192,8 +194,8 @@ def _studied(
             return late if _keeps_rotated(subject, late, ids[:, :7]) else replace(late, rotates_cached_keys=False)
         except EvaluationError as error:
             raise UnsupportedModelError(
-                f"{kind} hands its attention other keys than those of its tokens: it uses rotated states elsewhere; "
-                f"{plan.method} cannot be applied, a frequency method such as yarn can"
+                f"Expected the keys of all tokens in attention, got others in {kind}, which uses rotated states "
+                f"elsewhere. Pass a frequency method such as yarn instead of {plan.method}."
             ) from error
         finally:
             log.undo()
@@ -338,8 +340,8 @@ def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: 
             log.undo()
         if not probing.captured:
             raise UnsupportedModelError(
-                f"{kind} does not send its attention through transformers' AttentionInterface; remapping methods "
-                "cannot reach it, frequency methods can"
+                f"Expected attention through transformers' AttentionInterface, got none in {kind}. Pass a frequency "
+                "method such as yarn."
             )
         return probing
 
@@ -363,7 +365,8 @@ def _layouts(subject: Subject, model: PreTrainedModel, ids: torch.Tensor, kind: 
             layers = measure(lambda quarters: probe(quarters, few).captured, pairs)
     except UnknownLayout as error:
         raise UnsupportedModelError(
-            f"{kind}: {error}; remapping methods cannot rotate it, frequency methods can"
+            f"Expected queries and keys that rotate in pairs of channels, got {kind}: {error}. Pass a frequency "
+            "method such as yarn."
         ) from error
     if not layers:
         raise UnsupportedModelError(f"Expected an attention layer that rotates, got none in {kind}.")
