@@ -343,10 +343,10 @@ def departure(excess: np.ndarray, seed: int = 0) -> Departure | None:
 
 
 def level_kept(excess: np.ndarray, trained_length: int | None) -> int:
-    """Return the number of tokens in which the loss is known to keep its level, after no [`departure`] was found.
+    """Return the number of tokens in which the loss is known to keep its level, if there is no [`departure`].
 
     They are all tokens that were read, unless fewer than four blocks lie past the trained length, or the loss ends in
-    a rise that stands out against the blocks before it and is no departure by its own.
+    a rise that stands out against the blocks before it, although its own blocks do not show a departure.
     """
     documents, read = len(excess), int(excess.shape[1]) + 1
     if trained_length and trained_length < read and documents * (read - trained_length) < FEWEST * BLOCK:

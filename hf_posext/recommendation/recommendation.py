@@ -324,9 +324,7 @@ class Halving:
                 self._require_skill(rung.documents)
             counts |= dict.fromkeys(contenders, rung.documents)
             contenders = self._ranked(contenders, rung.documents)
-        reason = sweep.failure(contenders[0])
-        if reason is not None:
-            raise EvaluationError(f"Every contender failed, so nothing can be recommended: {reason}")
+        self._require_success(contenders[0])
         control = plan.control
         sweep.read_control(sweep.documents[:control])
         count = plan.rungs[-1].documents
@@ -334,10 +332,19 @@ class Halving:
         undecided = len(level) > 1 or sweep.gain(contenders[0], sweep.documents[:control]).value < 1
         if undecided and sweep.tokens + len(level) * prices.passkeys <= self.budget:
             sweep.ask(level)
-            contenders.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
         control, count = self._spend_the_rest(contenders, control, count)
         counts |= dict.fromkeys(contenders, count)
+        # The documents read last may have changed the order.
+        contenders = self._ranked(contenders, count)
+        self._require_success(contenders[0])
+        level = [name for name in contenders if self._level(name, contenders[0], count)]
+        contenders.sort(key=lambda name: (name not in level, -(sweep.accuracy(name) or 0)))
         return self._answer(contenders[0], counts, control, cut)
+
+    def _require_success(self, first: Name) -> None:
+        reason = self.sweep.failure(first)
+        if reason is not None:
+            raise EvaluationError(f"Every contender failed, so nothing can be recommended: {reason}")
 
     def _ranked(self, names: Sequence[Name], count: int) -> list[Name]:
         """Return the contenders in order: those within the limit first, then by tail perplexity at the target."""

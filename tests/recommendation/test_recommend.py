@@ -19,7 +19,7 @@ from hf_posext.errors import DocumentError, EvaluationError, InvalidParameterErr
 from hf_posext.evaluation import Document
 from hf_posext.evaluation import rows as statistics
 from hf_posext.evaluation.scorer import TokenScorer
-from hf_posext.recommendation.recommendation import Halving, Rung, schedule
+from hf_posext.recommendation.recommendation import Halving, Rung, Schedule, schedule
 from hf_posext.recommendation.sweep import Prices, Ratio, Sweep
 
 from ..conftest import EXAMPLES, logits, tiny_bloom, tiny_gpt2, tiny_llama, tokens
@@ -324,3 +324,34 @@ def test_passkeys_decide_between_contenders_that_are_half_a_per_cent_apart(
     with pytest.raises(Decided) as decided:
         Asking(Three(), 0.01, 10_000).run()  # type: ignore[arg-type]
     assert decided.value.args == (expected,)
+
+
+def test_the_documents_read_last_count_for_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the budget pays for documents on which the second finalist is the better one."""
+    reads: list[int] = []
+
+    def later(self: Halving, contenders: Any, control: int, count: int) -> tuple[int, int]:
+        documents = self.sweep.documents
+        self.sweep.read(contenders, documents, "finalists")
+        self.sweep.read_control(documents)
+        reads.append(count)
+        return len(documents), len(documents)
+
+    monkeypatch.setattr(Halving, "_spend_the_rest", later)
+    monkeypatch.setattr("hf_posext.recommendation.recommendation.schedule", lambda *_: Schedule([Rung(2, 1)], 1))
+    model, tokenizer, texts = shipped()
+    settings: dict[str, Any] = {"trained_length": TRAINED, "passkey": 0, "short_limit": 1.0, "budget": 10**6}
+    order = [texts[4], *texts[:4], texts[5]]
+    result = recommend(model, tokenizer, order, TARGET, methods=["yarn"], **settings)
+    assert reads == [1] and result.best["documents"] == len(texts)
+    tails = [
+        [
+            hf_posext.compare(
+                model, tokenizer, read, [f"yarn(factor={factor})"], lengths=[TARGET], trained_length=TRAINED
+            ).rows[0]["perplexity_tail"]
+            for factor in (2, 4)
+        ]
+        for read in (order[:1], order)
+    ]
+    assert tails[0][1] < tails[0][0] and tails[1][0] < tails[1][1]
+    assert result.best["factor"] == 2.0 and all(line["ratio"] >= 1 for line in result.contenders)
