@@ -432,14 +432,18 @@ def _first_rows(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) ->
 def _restore_shipped(config: PreTrainedConfig, plan: ExtensionPlan) -> None:
     """Restore the unpatched positions of a config, so that the plan can be applied again."""
     text: Any = text_config(config)
+    limit = plan.scheme.shipped_length
+    dynamic = [rotary.shipped for rotary in plan.scheme.rotaries if rotary.shipped_type == "dynamic"]
+    if dynamic and not any("original_max_position_embeddings" in rotary for rotary in dynamic):
+        limit = plan.scheme.trained_length  # what the config contains, from which its frequencies follow
     for entry in plan.rotaries:
         shipped = dict(plan.scheme.rotary(entry.name).shipped)
         text.rope_parameters = {**text.rope_parameters, entry.name: shipped} if entry.name else shipped
-    if plan.rotaries and plan.scheme.shipped_length is not None:
-        text.max_position_embeddings = plan.scheme.shipped_length
+    if plan.rotaries and limit is not None:
+        text.max_position_embeddings = limit
     for part in (config, text):  # the second is a copy in encoder-decoder models
         for name in LENGTH_FIELDS:
-            if plan.scheme.shipped_length is not None and getattr(part, name, None) == plan.target_length:
-                setattr(part, name, plan.scheme.shipped_length)
+            if limit is not None and getattr(part, name, None) == plan.target_length:
+                setattr(part, name, limit)
         if plan.scheme.buckets is not None and hasattr(part, "relative_attention_max_distance"):
             part.relative_attention_max_distance = plan.scheme.buckets.max_distance

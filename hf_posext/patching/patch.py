@@ -312,7 +312,7 @@ def _apply(
                 rooms.append(apply_late_rotation)
             for apply in dict.fromkeys(rooms):
                 state.native_obstacle = apply(model, plan, state.log) or state.native_obstacle
-            raise_limits(model, plan.target_length, tokenizer, state.log)
+            raise_limits(model, plan, tokenizer, state.log)
         tables = tables_of(model).items()
         state.tables = {path: module for path, module in tables if state.log.knows(module, "weight")}
         carry(model, state)

@@ -181,13 +181,17 @@ def set_limit(model: PreTrainedModel, config: PreTrainedConfig, name: str, lengt
         log.set(generation, "max_length", length)
 
 
-def raise_limits(model: PreTrainedModel, length: int, tokenizer: PreTrainedTokenizerBase | None, log: UndoLog) -> None:
+def raise_limits(
+    model: PreTrainedModel, plan: ExtensionPlan, tokenizer: PreTrainedTokenizerBase | None, log: UndoLog
+) -> None:
     """Raise `max_position_embeddings` and similar fields, the generation limit, and the tokenizer's limit.
 
-    A limit that is already higher stays.
+    A limit that is already higher stays, and so does one from which transformers computes frequencies in each forward.
     """
+    length, planned = plan.target_length, {entry.name for entry in plan.rotaries}
+    dynamic = {rotary.name for rotary in plan.scheme.rotaries if rotary.shipped_type == "dynamic"}
     for config, name, limit in length_fields(model):
-        if limit < length:
+        if limit < length and dynamic <= planned:
             set_limit(model, config, name, length, log)
     if tokenizer is not None and tokenizer.model_max_length < length:
         log.set(tokenizer, "model_max_length", length)

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_posext import find_patch, patch_model, unpatch_model
+from hf_posext import find_patch, load_patched, patch_model, unpatch_model
 from hf_posext.errors import NotPatchedError, UndoError, UnsupportedModelError
 from hf_posext.patching.long_rows import shifted_sparse_attention
 from hf_posext.patching.modes import switched_attention, with_cache
@@ -163,6 +163,32 @@ def test_frequencies_that_follow_the_longest_input_come_back(method: str) -> Non
         patch_model(model, method, factor=4).undo()
     assert model.model.rotary_emb.max_seq_len_cached == TRAINED
     assert torch.equal(logits(model, tokens(TRAINED + 26)), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("log-n", {}), ("log-n", {"factor": 4}), ("llama4-temperature", {"factor": 4}), ("yarn", {"factor": 4})],
+)
+def test_frequencies_that_follow_the_input_depend_on_no_limit_of_ours(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """transformers computes those of dynamic NTK from `max_position_embeddings` of the config in each forward."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    plain, ids = build("llama", rope_parameters=rope), tokens(3 * TRAINED)
+    expected = logits(plain, ids)
+    patch = patch_model(plain, method, **options)
+    patched = logits(plain, ids)
+    if method != "yarn":  # queries within the trained length are as they were, and so are the keys that they see
+        start = TRAINED - 1
+        torch.testing.assert_close(patched[:, :start], expected[:, :start], atol=1e-5, rtol=0)
+        assert (patched - expected)[:, TRAINED:].abs().max() > 1e-2 * expected.std()
+    patch.save_pretrained(tmp_path / "saved")
+    opened = load_patched(tmp_path / "saved")
+    torch.testing.assert_close(logits(opened, ids), patched, atol=1e-5, rtol=0)  # weights at other addresses
+    patch.undo()
+    unpatch_model(opened)
+    for model in (plain, opened):
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=0)
 
 
 def test_settings_made_while_patched_are_kept() -> None:
