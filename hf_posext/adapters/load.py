@@ -86,14 +86,16 @@ class AdapterDirectory:
             raise CheckpointError(f"{where} has a megatron_config, for which PEFT imports a module that it names")
         named, patterns = self.config.get("modules_to_save") or [], self.config.get("rank_pattern") or {}
         if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-            raise CheckpointError(f"{where} has modules_to_save {short(named)}; a list of names belongs there")
+            raise CheckpointError(f"Expected modules_to_save in {where} to be a list of names, got {short(named)}.")
         if not isinstance(patterns, Mapping):
-            raise CheckpointError(f"{where} has rank_pattern {short(patterns)}; a rank for each module belongs there")
+            raise CheckpointError(
+                f"Expected rank_pattern in {where} to be a rank for each module, got {short(patterns)}."
+            )
         largest = max((shape[0] for name, shape in self.shapes.items() if ".lora_A." in name), default=None)
         ranks = patterns.values() or [self.config.get("r")]  # with patterns, the general rank may apply to no module
         if largest is not None and not all(isinstance(rank, int) and 0 < rank <= largest for rank in ranks):
             raise CheckpointError(
-                f"{where} has rank {short(max(ranks, key=str))}, its weights {largest}; one is wrong"
+                f"Expected a rank of 1 to {largest} in {where}, as the weights have, got {short(max(ranks, key=str))}."
             )
         for name in named:
             if not any(f".{name}." in key for key in self.shapes):

@@ -75,7 +75,8 @@ def save_adapter(
     patch = find_patch(model)
     if patch is None:
         raise NotPatchedError(
-            "the model carries no patch; patch_model(model, ...) makes one, model.save_pretrained(...) saves without"
+            "Expected a patched model, got one without a patch. Patch it by patch_model(model, ...), or save the "
+            "adapter by model.save_pretrained(...)."
         )
     if base_model is not None and not computes(
         AutoConfig.from_pretrained(base_model, trust_remote_code=False), patch.plan
@@ -124,15 +125,18 @@ def _name(model: nn.Module, name: str | None) -> str:
     names = list(getattr(model, "peft_config", None) or ())
     if not names:
         raise UnsupportedModelError(
-            f"{type(unwrap(model)).__name__} has no adapter; patch.save_pretrained(directory) saves a patched model"
+            f"Expected a model with an adapter, got a {type(unwrap(model)).__name__} without one. Save a patched "
+            "model by patch.save_pretrained(directory)."
         )
     active: Any = getattr(model, "active_adapters", [])
     active = active() if callable(active) else active
     only = names if len(names) == 1 else active if len(active) == 1 else [""]
     chosen = str(only[0]) if name is None else name
     if chosen not in names:
-        reason = "several are active" if name is None else f"adapter_name is {name!r}"
-        raise UnsupportedModelError(f"{reason}; the model has the adapters {', '.join(names)}: give adapter_name")
+        given = "none while several are active" if name is None else repr(name)
+        raise UnsupportedModelError(
+            f"Expected adapter_name to be one of {', '.join(names)}, got {given}. Pass the one to save."
+        )
     return chosen
 
 
@@ -264,7 +268,7 @@ def push_to_hub(
         plan = adapter.plan
         if adapter.base_name is None or Path(adapter.base_name).is_absolute():
             logger.warning(
-                "%s names %s as its base model, which others do not have; they will have to give it: "
+                "%s names %s as its base model, which others do not have. They have to pass it: "
                 "load_adapter(%r, base=model)",
                 path,
                 adapter.base_name,

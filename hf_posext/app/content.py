@@ -65,8 +65,8 @@ def frequency_figure(view: View) -> Figure | None:
         ("after", view.plan, {"marker": "s", "markersize": 4.5, "color": INK}),
     )
     for name, plan, style in styles:
-        turning = planned_frequencies(rotary, view.in_force, plan, length)[: rotary.pairs].double().numpy()
-        tokens = 2 * np.pi / np.where(turning > 0, turning, np.nan)  # a pair that stands still has no wavelength
+        radians = planned_frequencies(rotary, view.in_force, plan, length)[: rotary.pairs].double().numpy()
+        tokens = 2 * np.pi / np.where(radians > 0, radians, np.nan)  # a pair that stands still has no wavelength
         new = phases[(phases.method == name) & (phases.set == rotary.name)].new.to_numpy()
         panel.plot(tokens, linewidth=1.2, label=_names(view)[name], **style | {"markersize": 0})
         for unseen, colour in ((False, signals.SHOWN), (True, signals.NEW)):

@@ -129,8 +129,8 @@ def load_4bit(name: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """Return a model quantized while loading, on the GPU of this process, and its tokenizer."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UnsupportedModelError(
-            "4-bit weights need bitsandbytes, which is not installed here; pip install bitsandbytes, or leave "
-            "--load-in-4bit out"
+            "Expected bitsandbytes for 4-bit weights, which is not installed. Run pip install bitsandbytes, or leave "
+            "--load-in-4bit out."
         )
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -54,8 +54,8 @@ class Adapter:
         of_adapters = sorted(settings.keys() - {"learning_rate"})
         if preset.rank is None and of_adapters:
             raise InvalidParameterError(
-                f"The preset {self.preset!r} trains all weights, but {', '.join(of_adapters)} is an option of "
-                "adapters. Pass --preset lora."
+                f"Expected a preset with an adapter beside {', '.join(f'{name}=' for name in of_adapters)}, got "
+                f"{self.preset!r}, which trains all weights. Pass preset='lora'."
             )
         if self.targets not in (None, "attention", "all-linear"):
             settings["targets"] = [name.strip() for name in str(self.targets).split(",") if name.strip()]

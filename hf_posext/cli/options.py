@@ -78,9 +78,10 @@ def read_config(path: Path, names: Collection[str], flags: Collection[str]) -> d
             say(f"{key} in {path} is now called {name}", err=True)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
+            guess = f"Did you mean {near[0]!r}? " if near else ""
             raise InvalidParameterError(
-                f"unknown setting {key!r} in {path}; {guess}there are: {', '.join(sorted(names))}"
+                f"Expected settings of the command in {path}, got {key!r}. {guess}Pass some of "
+                f"{', '.join(sorted(names))}."
             )
         if value is not None:
             settings[name] = _as_text(path, name, value, name in flags)

@@ -226,7 +226,7 @@ def phase_table(
     """
     lines = []
     for method, plan in plans.items():
-        by_pair = plan is not None and any(part.query.by_pair for part in plan.bands)
+        by_pair = plan is not None and any(band.query.by_pair for band in plan.bands)
         for rotary in scheme.rotaries:
             farthest = [
                 target_length - 1 if plan is None else farthest_position(plan, target_length, pair)
@@ -242,7 +242,7 @@ def phase_table(
 
 
 def is_unseen(phases: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """Return whether a phase is past those that training has `shown`, which are less than a rotation; in radians."""
+    """Return whether phases are past the `trained` ones, and these are less than a rotation; all in radians."""
     return (phases > trained) & (trained < 2 * math.pi)
 
 
@@ -274,11 +274,11 @@ def relative_positions(
     apart = (queries[:, None] - keys[None]).double()
     relative = apart.clone() if plan is None or not plan.bands else torch.full_like(apart, math.nan)
     row = queries.max() + 1
-    for part in plan.bands if plan is not None else ():
-        sides = ((queries, part.query), (keys, part.key))
+    for band in plan.bands if plan is not None else ():
+        sides = ((queries, band.query), (keys, band.key))
         moves = [mapped(side, rule.of_pair(pair) if rule.by_pair else rule, row) for side, rule in sides]
         moved = moves[0].double()[:, None] - moves[1].double()[None]
-        relative = torch.where(belongs(part, queries, keys), moved, relative)
+        relative = torch.where(belongs(band, queries, keys), moved, relative)
     return relative.masked_fill(apart < 0, math.nan)
 
 
@@ -288,9 +288,9 @@ def farthest_position(plan: ExtensionPlan, length: int, pair: int = 0) -> float:
     # (`modulo`). The farthest is therefore the first of them, or the first one after such a beginning.
     queries = torch.linspace(0, length - 1, min(QUERIES, length), dtype=torch.float64).round().long()
     keys = torch.zeros(1, dtype=torch.long)
-    for part in plan.bands:
-        chunks = 0 * queries if part.high is None else (queries // part.chunk - part.high + 1).clamp(min=0)
-        first, step = chunks * part.chunk, part.key.modulo or 1
+    for band in plan.bands:
+        chunks = 0 * queries if band.high is None else (queries // band.chunk - band.high + 1).clamp(min=0)
+        first, step = chunks * band.chunk, band.key.modulo or 1
         keys = torch.cat([keys, first, (first + step - 1) // step * step])
     apart = relative_positions(plan, queries, keys, pair)
     return float(apart.nan_to_num(0.0).max())

@@ -217,7 +217,9 @@ def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, rope
         return None if entry is None else entry.contents()
 
     if (value("split.count") or 0) > 1:
-        raise CheckpointError(f"{source} is one of several parts; join them first: llama-gguf-split --merge")
+        raise CheckpointError(
+            f"Expected a whole GGUF file, got one of several parts, {source}. Join them by llama-gguf-split --merge."
+        )
     if rope.tensors and arch not in rope.architectures:
         others = ", ".join(rope.architectures)
         reason = f"of the architecture {arch!r} it loads no tensor of frequencies (of {others} it does)"
@@ -226,5 +228,6 @@ def _check(reader: Any, arch: str, source: str | Path, plan: ExtensionPlan, rope
         channels, width = value(f"{arch}.rope.dimension_count"), plan.scheme.rotary(entry.name).dim
         if channels is not None and channels != width:
             raise CheckpointError(
-                f"{source} rotates {channels} channels of a head, the plan is for {width}; convert the exported model"
+                f"Expected a model that rotates {width} channels of a head, as the plan does, got {channels} in "
+                f"{source}. Convert the exported model."
             )

@@ -88,17 +88,17 @@ def serve_transformers(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: 
     if isinstance(older, str):
         differences.append(
             f"The oldest reader is transformers 5.0: {older}. An older one stops. The converters of ollama and mlx-lm "
-            "take the positions of a plain model, and say nothing."
+            "take the positions of a plain model, without a warning."
         )
     elif plan.rotaries:
         differences.append(
             f"The oldest reader is transformers {LEAST}, by `rope_theta` and `rope_scaling`; version 5 reads "
-            "`rope_parameters`, which says the same."
+            "the same from `rope_parameters`."
         )
         kind = older.get("rope_scaling", {}).get("rope_type", "default")
         if kind not in OLLAMA:
             differences.append(
-                f"ollama's converter (017eb8ae4) ignores `{kind}` for Llama, and says nothing. Export for llama.cpp: "
+                f"ollama's converter (017eb8ae4) ignores `{kind}` for Llama, without a warning. Export for llama.cpp: "
                 "ollama imports the GGUF file."
             )
         if kind == "longrope":
@@ -162,7 +162,7 @@ def _config_entries(
         if kind == "longrope":
             parameters |= {"short_mscale": entry.attention_factor, "long_mscale": entry.attention_factor}
             differences += [
-                "`attention_factor` of a `longrope` config is ignored; `short_mscale` and `long_mscale` say it here.",
+                "`attention_factor` of a `longrope` config is ignored: `short_mscale` and `long_mscale` contain it.",
                 "`longrope` is refused for models that rotate neighbouring channels (GLM, Cohere, ERNIE 4.5).",
             ]
         if kind == "linear" and "gemma3" not in text.model_type:
@@ -247,16 +247,16 @@ def serve_llama_cpp(config: PreTrainedConfig, plan: ExtensionPlan, obstacle: str
     if "rope.scaling.attn_factor" in rope.keys and rope.keys.get("rope.scaling.type") == "yarn":
         differences.append(
             "`attention_factor`: YaRN multiplies by `0.1 ln(factor) + 1`, whatever `yarn_attn_factor` and "
-            "`--yarn-attn-factor` say; the key `rope.scaling.attn_factor` makes up for it."
+            "`--yarn-attn-factor` are; the key `rope.scaling.attn_factor` makes up for it."
         )
     if rope.tensors:
         differences.append(
-            "Frequencies that no key can say are in a tensor of divisors. These architectures load it: "
+            "Frequencies that no key expresses are in a tensor of divisors. These architectures load it: "
             f"{', '.join(rope.architectures)}. Others refuse the file."
         )
         differences.append(
             "The converter alone does not write that tensor: a file without the second step has the positions of the "
-            "base model, and says nothing of it."
+            "base model, without a warning."
         )
     if len(rope.tensors) > 1:
         differences.append(
@@ -361,10 +361,12 @@ def export_checkpoint(
         FileExistsError: the directory holds files.
     """
     if to not in SERVERS:
-        raise InvalidParameterError(f"cannot export to {to!r}; there are: {', '.join(SERVERS)}")
+        raise InvalidParameterError(f"Expected a server, got {to!r}. Pass one of {', '.join(SERVERS)}.")
     patch = find_patch(model)
     if patch is None:
-        raise NotPatchedError("the model carries no patch; patch_model(model, ...) makes one, load_patched opens one")
+        raise NotPatchedError(
+            "Expected a patched model, got one without a patch. Patch it by patch_model, or open one by load_patched."
+        )
     refuse_adapter(patch.model)
     serving = SERVERS[to](patch.model.config, patch.plan, patch.native_obstacle)
     path = new_directory(directory)

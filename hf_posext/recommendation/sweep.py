@@ -369,7 +369,7 @@ class Sweep:
     def _tails(self, run: MethodRun, documents: Sequence[str]) -> Sums | None:
         return self._sums(run, documents, self.target, "tail_")
 
-    def _sums(self, run: MethodRun, documents: Sequence[str], length: int, part: str = "") -> Sums | None:
+    def _sums(self, run: MethodRun, documents: Sequence[str], length: int, prefix: str = "") -> Sums | None:
         """Return the NLL and tokens of each document; `None` if one failed."""
         sums = {}
         for task in run.tasks:
@@ -380,7 +380,7 @@ class Sweep:
                 return None
             for record in outcome.value["records"]:
                 if record["length"] == length:
-                    sums[task.document] = (record[f"{part}nll_sum"], record[f"{part}tokens"])
+                    sums[task.document] = (record[f"{prefix}nll_sum"], record[f"{prefix}tokens"])
         return [sums[id] for id in documents]
 
     def _ratio(self, sums: Sums | None, reference: Sums | None) -> Ratio:

@@ -193,7 +193,7 @@ def finetune(
     if preset.method is not None and planned not in (None, preset.method):
         raise InvalidParameterError(f"The preset is for method {preset.method!r}. Leave out method.")
     if method is None and preset.method is None:
-        raise InvalidParameterError("method is None. Pass a name such as 'yarn', a method object or a plan")
+        raise InvalidParameterError("Expected a method, got None. Pass a name such as 'yarn', a method or a plan.")
     if patience is not None and evaluation is None:
         raise InvalidParameterError("`patience` requires `evaluation`.")
     texts = as_documents(documents)
@@ -283,7 +283,7 @@ def _train(
             trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except pickle.UnpicklingError as error:  # torch reads checkpoints without running code in them
         raise TrainingError(
-            f"{checkpoint} cannot be read: {first_line(error)}; remove it to go on from the one before"
+            f"{checkpoint} cannot be read: {first_line(error)}. Remove it to resume from the checkpoint before it."
         ) from error
     except BaseException:
         if arguments.should_save and newest_checkpoint(checkpoints) is None:
@@ -362,15 +362,15 @@ def check_output(output: Path, resume: bool) -> None:
         return
     if not resume:
         raise InvalidParameterError(
-            f"output {output} holds files already. Pass another, or resume=True to go on with the run that is there"
+            f"output {output} holds files already. Pass another, or resume=True to resume the run that is there."
         )
     if not (output / PROVENANCE).is_file():
         raise InvalidParameterError(
-            f"output {output} holds files and no {PROVENANCE}, so there is no run to resume. Pass another output"
+            f"Expected a run to resume in {output}, got files without {PROVENANCE}. Pass another output."
         )
     if "result" in _read(output):
         raise InvalidParameterError(
-            f"the run in {output} has ended; there is nothing to resume: give another output to train again"
+            f"Expected a run to resume in {output}, got one that has ended. Pass another output to train again."
         )
 
 
@@ -391,7 +391,8 @@ def begin(output: Path, run: dict[str, Any]) -> None:
     ]
     if changed:
         raise TrainingError(
-            f"the run in {output} is another one ({'; '.join(changed)}). Pass the same settings, or another output"
+            f"Expected the settings of the run in {output}, got others ({'; '.join(changed)}). Pass the same, or "
+            "another output."
         )
 
 
@@ -429,9 +430,11 @@ def _read(output: Path) -> dict[str, Any]:
     try:
         provenance = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}. Pass another output") from error
+        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}. Pass another output.") from error
     if not isinstance(provenance, dict):
-        raise TrainingError(f"{output / PROVENANCE} holds no object. Pass another output")
+        raise TrainingError(
+            f"Expected an object in {output / PROVENANCE}, got {type(provenance).__name__}. Pass another output."
+        )
     return provenance
 
 

@@ -42,24 +42,29 @@ class Settings:
         length, target, pose, groups, short = self.length, plan.target_length, self.pose, self.shifted, self.longce
         positive = ("steps", "batch_size", "accumulation", "length")
         problems = [
-            *((getattr(self, name) < 1, f"{name} is {getattr(self, name)}. Pass 1 or more") for name in positive),
+            *(
+                (getattr(self, name) < 1, f"Expected {name} to be 1 or more, got {getattr(self, name)}.")
+                for name in positive
+            ),
             (
                 not 0 <= self.warmup < self.steps,
-                f"warmup is {self.warmup} of {self.steps} steps. Pass fewer, or 0 to start at the full learning rate",
+                f"Expected warmup to be less than the {self.steps} steps, got {self.warmup}. Pass 0 to start at the "
+                "full learning rate.",
             ),
             (
                 not 2 <= length <= target,
-                f"length is {length}, and {plan.method} reads {plan.trained_length} -> {target} tokens. Pass 2 to "
-                f"{target}, or a larger factor",
+                f"Expected length to be 2 to {target} tokens, the target of {plan.method}, got {length}. Pass a "
+                "smaller length, or a larger factor.",
             ),
             (
                 pose is not None and not 2 <= pose <= length,
-                f"pose is {pose}. Pass the number of chunks in a row (the paper: 2)",
+                f"Expected pose to be 2 chunks in a row or more, at most its {length} tokens, got {pose}. The paper "
+                "has 2.",
             ),
             (
                 pose is not None and length >= target,
-                f"pose skips positions between {length} and {target} tokens, and finds none. Pass a length below "
-                f"{target}, such as {plan.trained_length}, or a larger factor",
+                f"Expected length to be below the target of {target} tokens for pose, got {length}. Pass "
+                f"{plan.trained_length}, for example, or a larger factor.",
             ),
             (
                 pose is not None and (self.pack or short),
@@ -67,8 +72,8 @@ class Settings:
             ),
             (
                 groups is not None and (groups < 2 or length % (2 * groups)),
-                f"shifted is {groups} and length {length}. Pass 2 or more groups (the paper: 4), twice whose number "
-                "divides the length",
+                f"Expected shifted to be 2 or more groups, twice whose number divides the length of {length}, got "
+                f"{groups}. The paper has 4.",
             ),
             (
                 groups is not None and self.pack,
@@ -76,8 +81,8 @@ class Settings:
             ),
             (
                 short is not None and not 1 <= short < length / 2,
-                f"longce is {short} and length {length}. Pass the tokens of the short context, such as {length // 8}: "
-                "twice as many are below the length",
+                f"Expected longce to be less than half of the length of {length} tokens, got {short}. Pass "
+                f"{length // 8}, for example.",
             ),
             (
                 short is not None and self.pack,
@@ -85,7 +90,7 @@ class Settings:
             ),
             (
                 self.patience is not None and self.patience < 1,
-                f"patience is {self.patience}. Pass 1 or more evaluations, or leave it out",
+                f"Expected patience to be 1 or more evaluations, got {self.patience}. Leave it out for none.",
             ),
         ]
         for wrong, message in problems:
@@ -125,11 +130,13 @@ class Preset:
     def __post_init__(self) -> None:
         for name, value in (("learning_rate", self.learning_rate), ("alpha", self.alpha), ("ratio", self.ratio)):
             if not (math.isfinite(value) and value > 0):
-                raise InvalidParameterError(f"{name} is {value}. Pass a number above 0")
+                raise InvalidParameterError(f"Expected {name} to be a number above 0, got {value}.")
         if self.rank is not None and self.rank < 1:
-            raise InvalidParameterError(f"rank is {self.rank}. Pass 1 or more, e.g. 8")
+            raise InvalidParameterError(f"Expected rank to be 1 or more, got {self.rank}. Pass 8, for example.")
         if self.rank is None and (self.options or self.embeddings or self.norms or self.ratio != 1):
-            raise InvalidParameterError("a preset without a rank trains all weights. Pass a rank for an adapter")
+            raise InvalidParameterError(
+                "Expected a rank beside settings of an adapter, got None, which trains all weights. Pass a rank."
+            )
         start = str(self.options.get("init_lora_weights", "")).lower()
         if start.startswith(MUTATING):
             raise InvalidParameterError(
@@ -166,8 +173,8 @@ def as_preset(preset: str | Preset) -> Preset:
         return preset
     if preset not in PRESETS:
         near = difflib.get_close_matches(str(preset), PRESETS, n=1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        raise InvalidParameterError(f"preset is {preset!r}; {guess}there are: {', '.join(PRESETS)}")
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise InvalidParameterError(f"Expected preset to be one of {', '.join(PRESETS)}, got {preset!r}.{guess}")
     return PRESETS[preset]
 
 

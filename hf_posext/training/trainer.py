@@ -290,7 +290,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.every < 1 or not self.lengths:
             raise InvalidParameterError(
-                f"evaluation every {self.every} steps at lengths {list(self.lengths)}. Pass 1 or more, and a length"
+                f"Expected 1 or more steps between evaluations and at least one length, got every={self.every} and "
+                f"lengths={list(self.lengths)}."
             )
 
     @property
@@ -369,9 +370,9 @@ class StopsAtNonFinite(TrainerCallback):  # type: ignore[misc]
         checkpoint = newest_checkpoint(Path(args.output_dir))
         values = " and ".join(f"{name} {value}" for name, value in wrong.items())
         raise TrainingError(
-            f"{values} at step {state.global_step} of {state.max_steps}; "
-            + (f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before")
-            + "; try a lower learning rate or a longer warm-up"
+            f"Expected a finite loss, got {values} at step {state.global_step} of {state.max_steps}. "
+            + (f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was saved before.")
+            + " Try a lower learning rate or a longer warm-up."
         )
 
 

@@ -119,9 +119,9 @@ def test_lengths_that_results_cannot_have_are_refused(length: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("metods: none", "unknown setting 'metods' in"),
+        ("metods: none", "got 'metods'. Did you mean 'methods'?"),
         ("metods: none", "did you mean 'methods'?"),
-        ("config: other.yaml", "unknown setting 'config'"),
+        ("config: other.yaml", "got 'config'. "),
         ("factor: [2, 4]", "factor in"),
         ("lengths: [64, [128]]", "Pass a list of plain values"),
         ("methods: {yarn: 8}", "Pass a list of plain values"),

@@ -81,7 +81,7 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
     )
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
     again = finetune(tmp_path / "out", "--resume", config=settings, learning_rate=None, steps=None)
-    assert "has ended; there is nothing to resume" in error_of(again)
+    assert "got one that has ended. Pass another --output" in error_of(again)
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
         ({"method": "alibi-linear"}, (), "alibi-linear extends alibi positions; llama has rotary"),
         ({"factor": None}, (), "needs --factor or --target-length"),
         ({"preset": "lora+"}, (), "preset is 'lora+'; did you mean 'lora'?"),
-        ({"preset": "full", "rank": 8}, (), "The preset 'full' trains all weights, but rank is an option of adapters"),
+        ({"preset": "full", "rank": 8}, (), "Expected a preset with an adapter beside --rank, got 'full'"),
         (
             {"preset": "full", "lora_ratio": 4},
             (),
-            "The preset 'full' trains all weights, but ratio is an option of adapters",
+            "beside --lora-ratio, got 'full', which trains all weights. Pass --preset lora.",
         ),
-        ({"lora_ratio": 0}, (), "ratio is 0.0. Pass a number above 0"),
+        ({"lora_ratio": 0}, (), "ratio to be a number above 0, got 0.0"),
         ({"report_to": "tensorbord"}, (), "--report-to is 'tensorbord'; installed here are: "),
         ({"rank": 0}, (), "Expected --rank to be a whole number of 1 or more, got '0'. Pass --rank 8."),
         ({"targets": "query"}, (), "peft cannot put the adapter on LlamaForCausalLM"),
@@ -107,16 +107,16 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
             (),
             "--learning-rate to be a number up to 1,099,511,627,776, got nan. Pass",
         ),
-        ({"length": 4096}, (), "length is 4096, and yarn reads 64 -> 128 tokens"),
+        ({"length": 4096}, (), "--length to be 2 to 128 tokens, the target of yarn, got 4096"),
         ({"steps": 0}, (), "Expected --steps to be a whole number of 1 or more, got '0'. Pass --steps 1000."),
-        ({"pose": 2, "length": 128}, (), "Pass a length below 128"),
+        ({"pose": 2, "length": 128}, (), "--length to be below the target of 128 tokens for pose, got 128"),
         ({"dtype": "bfloat16"}, (), "LlamaForCausalLM is bfloat16. Pass --bf16"),
         ({"patience": 2}, (), "--patience requires --evaluate. Pass both or neither."),
         ({"passkey": 2}, (), "--passkey requires --evaluate. Pass both or neither."),
         ({"dataset": "no/such.jsonl"}, (), "no such path: no/such.jsonl"),
         ({"lengths": "64,x"}, (), "separated by commas, got --lengths 64,x"),
         ({"model": EXAMPLES / "tiny" / "tiny-alibi"}, (), "yarn extends rotary positions; bloom has alibi"),
-        ({}, ("--load-in-4bit",), "4-bit weights need bitsandbytes, which is not installed here"),
+        ({}, ("--load-in-4bit",), "Expected bitsandbytes for 4-bit weights, which is not installed"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -343,7 +343,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export_checkpoint(model, tmp_path / "out")
     patch_model(model, "yarn", factor=4)
     with pytest.raises(
-        InvalidParameterError, match="there are: transformers, transformers-4, vllm, sglang, llama.cpp"
+        InvalidParameterError, match="Pass one of transformers, transformers-4, vllm, sglang, llama.cpp"
     ):
         export_checkpoint(model, tmp_path / "out", "tgi")
     with_adapter(model)

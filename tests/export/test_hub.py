@@ -127,7 +127,7 @@ def test_results_are_added_to_the_card(pushed: tuple[FakeHub, str, str, Path]) -
 
 def test_base_that_others_do_not_have_is_told(pushed: tuple[FakeHub, str, str, Path]) -> None:
     _, printed, warned, root = pushed
-    assert f"names {root / 'base'} as its base model, which others do not have" in warned
+    assert f"names {root / 'base'} as its base model, which others do not have. They have to pass it" in warned
     assert "neither a directory nor a repository that can be read: me/nothing" in printed
 
 

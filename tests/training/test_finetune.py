@@ -180,7 +180,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_sta
     with pytest.raises(TrainingError) as caught:
         train(tmp_path / "out", model, steps=8, save_every=2, callbacks=[Spoils(5, math.nan)])
     checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-4"
-    assert str(caught.value).startswith("loss nan and grad_norm nan at step 6 of 8; the last good checkpoint is ")
+    assert str(caught.value).startswith(
+        "Expected a finite loss, got loss nan and grad_norm nan at step 6 of 8. The last good checkpoint is "
+    )
     assert str(checkpoint) in str(caught.value) and "lower learning rate" in str(caught.value)
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "out" / "adapter").exists()
@@ -236,17 +238,25 @@ def test_provenance_says_what_is_needed_to_train_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"preset": "lorra"}, InvalidParameterError, "preset is 'lorra'; did you mean 'lora'"),
-        ({"method": None}, InvalidParameterError, "method is None. Pass a name such as 'yarn'"),
-        ({"steps": 0}, InvalidParameterError, "steps is 0. Pass 1 or more"),
-        ({"warmup": 2}, InvalidParameterError, "warmup is 2 of 2 steps. Pass fewer"),
-        ({"length": 256}, InvalidParameterError, "length is 256, and yarn reads 64 -> 128 tokens. Pass 2 to 128"),
-        ({"pose": 1}, InvalidParameterError, "pose is 1. Pass the number of chunks"),
-        ({"pose": 2, "length": 128}, InvalidParameterError, "and finds none. Pass a length below 128"),
+        ({"preset": "lorra"}, InvalidParameterError, "got 'lorra'. Did you mean 'lora'"),
+        ({"method": None}, InvalidParameterError, "Expected a method, got None. Pass a name such as 'yarn'"),
+        ({"steps": 0}, InvalidParameterError, "steps to be 1 or more, got 0"),
+        ({"warmup": 2}, InvalidParameterError, "warmup to be less than the 2 steps, got 2"),
+        ({"length": 256}, InvalidParameterError, "length to be 2 to 128 tokens, the target of yarn, got 256"),
+        ({"pose": 1}, InvalidParameterError, "pose to be 2 chunks in a row or more, .* got 1"),
+        (
+            {"pose": 2, "length": 128},
+            InvalidParameterError,
+            "target of 128 tokens for pose, got 128. Pass 64",
+        ),
         ({"pose": 2, "pack": True}, InvalidParameterError, "pose and pack both decide"),
-        ({"shifted": 3}, InvalidParameterError, "shifted is 3 and length 128. Pass 2 or more groups"),
+        ({"shifted": 3}, InvalidParameterError, "shifted to be 2 or more groups, .* the length of 128, got 3"),
         ({"shifted": 4, "pack": True}, InvalidParameterError, "shifted attention takes rows of one document"),
-        ({"longce": 64}, InvalidParameterError, "longce is 64 and length 128. Pass .* such as 16"),
+        (
+            {"longce": 64},
+            InvalidParameterError,
+            "longce to be less than half of the length of 128 tokens, got 64. Pass 16",
+        ),
         ({"patience": 2}, InvalidParameterError, "`patience` requires `evaluation`"),
         (
             {"texts": ["short", "texts"]},
@@ -317,7 +327,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InvalidParameterError, match="holds files already. Pass another, or resume=True"):
         train(tmp_path)
-    with pytest.raises(InvalidParameterError, match="no provenance.json, so there is no run to resume"):
+    with pytest.raises(InvalidParameterError, match="got files without provenance.json"):
         train(tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
