@@ -15,15 +15,8 @@ from ..packages import require
 from . import options
 from .app import app
 from .console import say
-from .runs import (
-    JOURNAL,
-    check_tracker,
-    finish,
-    join_processes,
-    output_directory,
-    report_of,
-    spread,
-)
+from .loading import ADAPTER_FILE, base_of, load_config, load_model, require_unpatched, saved_plan
+from .runs import JOURNAL, check_tracker, finish, join_processes, output_directory, report_of, spread
 
 if TYPE_CHECKING:
     from ..evaluation import Results
@@ -47,9 +40,6 @@ class Measurement(options.Run):
         `measure` is a function of a model, its tokenizer, and the texts. Its keyword arguments are `write`, which
         writes the report of results, `load`, which loads a model by name, and those of the package's function.
         """
-        # The imports that take seconds come after the checks that need none of them.
-        from .loading import load_model
-
         if self.log_with is not None:
             from accelerate.tracking import get_available_trackers
 
@@ -145,8 +135,6 @@ def _evaluator(settings: EvaluationConfig) -> str | None:
 
 def _checked(run: Measurement, settings: EvaluationConfig) -> EvaluationConfig:
     """Return the settings for checks without weights, with the config of an evaluator, which must exist."""
-    from .loading import base_of, load_config
-
     if (name := _evaluator(settings)) is None:
         return settings
     return replace(settings, longppl=load_config(base_of(name) or name, run.trust_remote_code))
@@ -155,7 +143,6 @@ def _checked(run: Measurement, settings: EvaluationConfig) -> EvaluationConfig:
 def _check_comparison(run: Measurement, methods: list[Method], settings: EvaluationConfig) -> None:
     """Plan each method for the model's config, so that impossible requests are refused before weights are read."""
     from ..evaluation.comparison import check_comparison
-    from .loading import load_config, require_unpatched
 
     require_unpatched(run.model, "a comparison begins unpatched", "measure it by hf-posext evaluate")
     config = load_config(run.model, run.trust_remote_code)
@@ -166,7 +153,6 @@ def _check_evaluation(run: Measurement, control: str | None, label: str | None, 
     """Refuse settings that the model's config and its plan do not allow, before weights and documents are read."""
     from ..evaluation.comparison import check_evaluation
     from ..patching import detect_scheme
-    from .loading import base_of, load_config, saved_plan
 
     length = None
     if control is not None:
@@ -225,8 +211,6 @@ def card(
     Writes README.md, with the model-index, and before_after.png into DIRECTORY. The card contains the record of
     finetune, if there is one.
     """
-    from .loading import ADAPTER_FILE, saved_plan
-
     paths = (directory, directory / "adapter", directory / "model")
     saved = next((path for path in paths if saved_plan(str(path)) is not None), None)
     if saved is None:

@@ -65,7 +65,7 @@ def _require_resumed(journal: str, is_new: bool) -> None:
     """Refuse to begin a run where another one has left its journal."""
     if is_new:
         raise InvalidParameterError(
-            f"{journal} the journal of a run; to go on with it type the same with --resume, else give another --output"
+            f"{journal} the journal of a run. Pass the same settings and --resume to resume it, or another --output."
         )
 
 
@@ -88,7 +88,7 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
     The journal lies beside the plan. If the user interrupts the run, a message reports whether finished work is kept.
     """
     if path.suffix != ".json":
-        raise InvalidParameterError(f"output is {path}. Pass the name of a JSON file, as in --output plan.json.")
+        raise InvalidParameterError(f"Expected the name of a JSON file, got output={path}. Pass output=plan.json.")
     journal = path.with_suffix(".journal.jsonl")
     with WriterLock(journal, rank(), world_size()):
         if not rank():
@@ -151,7 +151,7 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
         return device or "cpu", None
     if device not in (None, "cpu"):
         raise InvalidParameterError(
-            f"device is {device!r}, and the launcher gives each process its own. Leave --device out, or give cpu."
+            f"device is {device!r}, and the launcher gives each process its own. Leave --device out, or pass cpu."
         )
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -202,7 +202,7 @@ def check_tracker(option: str, name: str, installed: list[str]) -> None:
     """Refuse, before any work, a tracker that is not among those that the library of an option can use here."""
     if name not in installed:
         names = ", ".join(sorted(installed)) or "none; pip install tensorboard"
-        raise InvalidParameterError(f"{option} is {name!r}; installed here are: {names}")
+        raise InvalidParameterError(f"Expected {option} to be a tracker that is installed ({names}), got {name!r}.")
 
 
 def _track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:

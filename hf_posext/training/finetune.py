@@ -366,11 +366,11 @@ def check_output(output: Path, resume: bool) -> None:
         )
     if not (output / PROVENANCE).is_file():
         raise InvalidParameterError(
-            f"Expected a run to resume in {output}, got files without {PROVENANCE}. Pass another output."
+            f"Expected a run to resume in {output}, got files without {PROVENANCE}. Pass another output=."
         )
     if "result" in _read(output):
         raise InvalidParameterError(
-            f"Expected a run to resume in {output}, got one that has ended. Pass another output to train again."
+            f"Expected a run to resume in {output}, got one that has ended. Pass another output= to train again."
         )
 
 
@@ -430,10 +430,10 @@ def _read(output: Path) -> dict[str, Any]:
     try:
         provenance = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}. Pass another output.") from error
+        raise TrainingError(f"{output / PROVENANCE} is not JSON: {error}. Pass another output=.") from error
     if not isinstance(provenance, dict):
         raise TrainingError(
-            f"Expected an object in {output / PROVENANCE}, got {type(provenance).__name__}. Pass another output."
+            f"Expected an object in {output / PROVENANCE}, got {type(provenance).__name__}. Pass another output=."
         )
     return provenance
 

@@ -233,7 +233,7 @@ def open_patched(base: Path) -> PreTrainedModel:
 
 def test_second_adapter_or_none_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     model = open_base(base)
-    with pytest.raises(NotPatchedError, match="carries no patch"):
+    with pytest.raises(NotPatchedError, match="got one without a patch"):
         save_adapter(with_adapter(model), tmp_path / "new")
     with pytest.raises(UnsupportedModelError, match="patch.save_pretrained"):
         save_adapter(open_base(base), tmp_path / "new")

@@ -120,7 +120,7 @@ def test_lengths_that_results_cannot_have_are_refused(length: Any, tmp_path: Pat
     ("text", "message"),
     [
         ("metods: none", "got 'metods'. Did you mean 'methods'?"),
-        ("metods: none", "did you mean 'methods'?"),
+        ("metods: none", "Did you mean 'methods'?"),
         ("config: other.yaml", "got 'config'. "),
         ("factor: [2, 4]", "factor in"),
         ("lengths: [64, [128]]", "Pass a list of plain values"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,15 @@ def test_headings_are_shown_and_no_option_is_lost() -> None:
     assert all(f"\n{heading}:\n" in text for heading in GROUPS if heading != "Training")
     for option in GROUP.commands["compare"].params:
         assert option.hidden or f"\n  {option.opts[0]} " in text
+
+
+def test_arguments_are_named_as_in_a_manual_and_options_stand_with_their_group() -> None:
+    """Typer puts required arguments in braces, and prints `list[str]` as their type."""
+    explain, report, training = (run(name, "--help").stdout for name in ("explain", "report", "finetune"))
+    assert "[OPTIONS] MODEL..." in explain and "  MODEL <str>..." in explain
+    assert "[OPTIONS] RESULTS..." in report and "  RESULTS <Path>..." in report
+    flags = re.findall(r"^  (--[\w-]+)", training, flags=re.MULTILINE)
+    assert flags.index("--rank") + 1 == flags.index("--alpha")
 
 
 def test_completion() -> None:

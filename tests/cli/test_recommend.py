@@ -79,7 +79,11 @@ def test_a_search_writes_its_plan(tmp_path: Path) -> None:
             {"model": EXAMPLES / "tiny" / "tiny-alibi", "trained_length": None},
             "Pass --trained-length in tokens",
         ),
-        ("recommend", {"output": "plan.yaml"}, "Pass the name of a JSON file"),
+        (
+            "recommend",
+            {"output": "plan.yaml"},
+            "a JSON file, got --output plan.yaml. Pass --output plan.json.",
+        ),
         ("recommend", {"output": "/dev/null/plan.json"}, "cannot write to /dev/null"),
         ("recommend", {"target_length": None}, "Expected --target-length, got none. Pass --target-length: "),
         ("search", {"model": LEARNED}, "gpt2 has learned positions"),

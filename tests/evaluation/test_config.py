@@ -302,7 +302,7 @@ def test_commands_check_settings_before_weights_are_read(
     def read(*_: Any, **__: Any) -> Any:
         raise Unread
 
-    monkeypatch.setattr("hf_posext.cli.loading.load_model", read)
+    monkeypatch.setattr("hf_posext.cli.measuring.load_model", read)
     error_of(command(tmp_path / "out", **wrong))
     assert isinstance(command(tmp_path / "other").exception, Unread), "right ones get as far as the weights"
 
@@ -323,7 +323,7 @@ def test_a_command_plans_then_loads_then_tokenizes_then_measures(
         monkeypatch.setattr(place, call)
 
     spy("hf_posext.evaluation.comparison.plan_comparison")
-    spy("hf_posext.cli.loading.load_model")
+    spy("hf_posext.cli.measuring.load_model")
     spy("hf_posext.evaluation.setup.tokenize_documents")
     spy("hf_posext.evaluation.comparison.measure")
     assert command(tmp_path / "out", documents=1).exit_code == 0

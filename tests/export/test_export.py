@@ -339,7 +339,7 @@ def test_positions_that_one_server_computes_otherwise(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     model = tiny_llama()
-    with pytest.raises(NotPatchedError, match="carries no patch"):
+    with pytest.raises(NotPatchedError, match="got one without a patch"):
         export_checkpoint(model, tmp_path / "out")
     patch_model(model, "yarn", factor=4)
     with pytest.raises(

@@ -145,7 +145,7 @@ def test_the_longest_target_is_written(tmp_path: Path) -> None:
 
 def test_model_of_another_shape(tmp_path: Path) -> None:
     plan = patch_model(tiny_llama(head_dim=32), "yarn", factor=FACTOR).plan
-    with pytest.raises(CheckpointError, match="rotates 16 channels of a head, the plan is for 32"):
+    with pytest.raises(CheckpointError, match="rotates 32 channels of a head, as the plan does, got 16"):
         write_gguf(plan, write_llama(tiny_llama(), tmp_path / "source.gguf"), tmp_path / "new.gguf")
     assert not (tmp_path / "new.gguf").exists()
 

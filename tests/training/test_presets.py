@@ -151,7 +151,7 @@ def test_weights_in_half_precision_are_trained_in_float32() -> None:
             "got 'lora-pluss'. Did you mean 'lora-plus'\\?",
         ),
         (lambda: Preset(learning_rate=0), "learning_rate to be a number above 0, got 0"),
-        (lambda: Preset(learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: Preset(learning_rate=float("nan")), "learning_rate to be a number above 0, got nan"),
         (lambda: Preset(learning_rate=1, rank=0), "rank to be 1 or more, got 0. Pass 8"),
         (lambda: Preset(learning_rate=1, norms=True), "got None, which trains all weights. Pass a rank"),
         (lambda: Preset(1e-3, 8, options={"init_lora_weights": "pissa_niter_4"}), "'pissa_niter_4' changes the base"),
