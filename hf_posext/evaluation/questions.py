@@ -260,7 +260,7 @@ def ask(model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: in
     return answers
 
 
-class WholeConfig(GenerationConfig):
+class WholeConfig(GenerationConfig):  # type: ignore[misc]
     """Generation config without gaps, from which `generate` takes every value.
 
     `generate` fills the fields that are `None` from the model's own config: suppressed tokens, penalties, guidance, a
