@@ -45,7 +45,7 @@ def test_a_recommendation_is_told_and_its_plan_written(tmp_path: Path) -> None:
     assert plan.method == "rerope" and plan.target_length == 128
     assert "exists. Pass another --output" in error_of(call("recommend", tmp_path / "new" / "plan.json"))
     (tmp_path / "new" / "plan.json").unlink()
-    assert "type the same with --resume" in error_of(call("recommend", tmp_path / "new" / "plan.json"))
+    assert "Pass the same settings and --resume" in error_of(call("recommend", tmp_path / "new" / "plan.json"))
     for _ in range(2):  # the second time beside the plan of a finished run, which more budget may change
         again = call("recommend", tmp_path / "new" / "plan.json", "--resume", "--json")
         assert again.exit_code == 0 and json.loads(again.stdout)["best"]["method"] == "rerope"
