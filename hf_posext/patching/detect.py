@@ -30,6 +30,7 @@ from .sites import (
     makes_windows,
     position_tables,
     positions_ahead,
+    probe_text,
     read_buckets,
     read_table,
     sinusoids,
@@ -295,7 +296,6 @@ def _farthest(model: PreTrainedModel, site: RotarySite) -> int | None:
     if skeleton is None:
         return None
     paths = {module: path for path, module in skeleton.named_modules()}
-    ids = torch.arange(SHOWN) % skeleton.config.vocab_size
     runs = [Probing({}) for _ in range(2)]
     for stride, run in enumerate(runs, 1):
 
@@ -303,7 +303,7 @@ def _farthest(model: PreTrainedModel, site: RotarySite) -> int | None:
             return run.capture(paths[module], query, key, value, attention_mask)  # noqa: B023  runs before the next one
 
         # positions with gaps need a mask: without one, they begin other documents
-        inputs = {"input_ids": ids[None], "position_ids": stride * torch.arange(SHOWN)[None]}
+        inputs = {"input_ids": probe_text(skeleton, SHOWN), "position_ids": stride * torch.arange(SHOWN)[None]}
         try:
             with replaced_attention(skeleton, "posext-windows", attend), torch.no_grad():
                 skeleton(**inputs, attention_mask=torch.ones(1, SHOWN), use_cache=False)

@@ -35,6 +35,7 @@ from transformers import (
     XGLMConfig,
     XLMRobertaConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_posext import detect_scheme, patch_model
 from hf_posext.errors import MethodNotApplicableError, NoEffectError, UnsupportedModelError
@@ -247,3 +248,13 @@ def test_frequencies_that_meet_no_unseen_distance_stay_as_they_are(kind: str) ->
     patch_model(model, "nope").undo()  # meant for all lengths
     with patch_model(model, "yarn", factor=4, trained_length=16) as patch:  # windows are wider than the training
         assert patch.plan.rotaries
+
+
+MORE_THAN_TEXT = {"clip": "learned", "muse_glimmer_assistant": "rotary"}
+"""Kind of scheme of types that read more than text."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MORE_THAN_TEXT if kind in CONFIG_MAPPING])
+def test_models_that_read_more_than_text_are_detected(kind: str) -> None:
+    """Their skeletons may not run, or contain a weight that is one number."""
+    assert detect_scheme(build(kind, task="base")).kind == MORE_THAN_TEXT[kind]

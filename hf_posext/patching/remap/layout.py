@@ -475,7 +475,7 @@ def _fill(skeleton: nn.Module) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for parameter in skeleton.parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim < 2:
                 parameter.uniform_(*FINITE, generator=generator)
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
