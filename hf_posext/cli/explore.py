@@ -240,7 +240,9 @@ def _diagnosed(diagnosis: hf_posext.Diagnosis) -> Facts:
     if "losses" in tables:
         interval, departure = diagnosis.departure_interval, diagnosis.departure
         span = f" [{interval[0]}, {interval[1]}]" if interval else ""
-        place = f"token {departure}{span}, by {diagnosis.rise:.2f} nats per token" if departure else "nowhere"
+        place = f"nowhere in the first {diagnosis.provenance['kept']} tokens"
+        if departure:
+            place = f"token {departure}{span}, by {diagnosis.rise:.2f} nats per token"
         facts.append(("loss departs", place))
     return [*facts, *(("note", note) for note in diagnosis.notes)]
 

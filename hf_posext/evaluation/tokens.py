@@ -306,9 +306,10 @@ def tokenize_documents(
             byte_ends.append(np.concatenate([np.full(len(prefix), begins), encoded.ends[part]]))
     if not rows:
         longest = max(entry["tokens"] for entry in left_out)
+        which = f"all {len(documents)} documents are" if len(documents) > 1 else "the only document is"
         shorter = f"lengths up to {longest - start}, or longer" if longest - start > 1 else "longer"
         raise DocumentError(
-            f"all {len(documents)} documents are too short: the longest has {longest} tokens, and start + length is "
+            f"{which} too short: the longest has {longest} tokens, and start + length is "
             f"{start} + {length}. Pass {shorter} documents."
         )
     if left_out:

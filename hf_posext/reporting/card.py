@@ -186,8 +186,9 @@ def _limits(results: Results, plan: ExtensionPlan) -> list[str]:
     if all(row.get("gain") is None for row in rows):
         limits.append("Whether the longer context helps at all was not measured, because there was no control.")
     documents = max(row["documents"] for row in rows)
+    read = f"{documents} documents of one kind" if documents > 1 else "one document"
     return [
         *limits,
-        f"The figures are of {documents} documents of one kind. Other texts and languages may give other values.",
+        f"The figures are of {read}. Other texts and languages may give other values.",
         "It inherits the training data, the licence, and the biases of the base model.",
     ]

@@ -133,7 +133,9 @@ def notes(results: Results) -> list[str]:
     trained = results.provenance.get("trained_length")
     if trained and not results.short_context() and any(row["method"] != "none" for row in results.rows):
         is_measured = lengths_of(results)[0] <= trained
-        missing = "none is not among the methods" if is_measured else f"no length up to {trained} was measured"
+        missing = f"no length up to {trained} was measured"
+        if is_measured:
+            missing = "none is not among the methods" if control_rows(results) else "there was no control"
         sentences.append(f"No short-context check: {missing}.")
     longppl = results.provenance.get("longppl")
     if longppl and all(row.get("longppl") is None for row in results.rows):

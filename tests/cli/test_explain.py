@@ -48,6 +48,13 @@ def test_documents_and_a_method_are_read_and_drawn(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_too_little_text_does_not_depart_nowhere() -> None:
+    """Past the trained length, 128 tokens of one novel are too few to tell."""
+    result = run("explain", MODEL, "--dataset", NOVELS, "--documents", 1, "--target-length", 640)
+    assert result.exit_code == 0, result.output
+    assert "loss departs nowhere in the first 512 tokens" in words(result)
+
+
 def test_several_models_take_the_methods_that_apply(tmp_path: Path) -> None:
     options = ["--methods", "yarn,table-linear", "--trained-length", "512", "--plot", tmp_path / "all.png"]
     result = run("explain", MODEL, LEARNED, ALIBI, *options)

@@ -269,7 +269,7 @@ def test_a_target_of_any_length_is_looked_at_where_it_is_drawn(make: Callable[[]
 def test_documents_are_too_short_before_a_table_of_the_target_is_made() -> None:
     tokenizer = shipped_tokenizer("tiny-learned")
     options = {"methods": ["table-linear"], "target_length": 2**20}
-    with pytest.raises(DocumentError, match="all 1 documents are too short"):
+    with pytest.raises(DocumentError, match="the only document is too short"):
         diagnose(shipped_model("tiny-learned"), tokenizer, [PASSAGE], **options)
 
 
@@ -285,7 +285,7 @@ def test_documents_that_end_within_training_are_refused() -> None:
 
 
 def test_documents_that_are_shorter_than_the_target_are_refused() -> None:
-    with pytest.raises(DocumentError, match="all 1 documents are too short: the longest has .* Pass l"):
+    with pytest.raises(DocumentError, match="the only document is too short: the longest has .* Pass l"):
         read("tiny-rope", PASSAGE[:2000])
 
 

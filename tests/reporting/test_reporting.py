@@ -287,6 +287,9 @@ def test_what_no_table_shows_is_said() -> None:
     for row in results.rows:
         row |= {"length": row["length"] // 4, "change": None, "change_ci95": None}
     assert notes(results)[1] == "No short-context check: none is not among the methods."
+    without = make_results(control=False, lengths=(512,))
+    without.rows = [row | {"method": "a model", "change": None, "change_ci95": None} for row in without.rows[-1:]]
+    assert notes(without) == ["No short-context check: there was no control."]
     assert notes(Results({"trained_length": 512}, [row for row in results.rows if row["method"] == "none"])) == []
 
 
