@@ -137,11 +137,11 @@ def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[
             plans.append(method.plan(scheme, **lengths | ({} if method.factor is None else {"factor": None})))
         else:
             refusals[method.label] = reason
-    labels = [(plan.method, plan.factor) for plan in plans]
+    labels = [(plan.method, f"{plan.factor:g}") for plan in plans]  # as in tables and pictures
     for label, times in labels:
         if labels.count((label, times)) > 1:
             raise InvalidParameterError(
-                f"{label!r} at factor {times:g} is among the methods more than once, and label and factor tell rows "
+                f"{label!r} at factor {times} is among the methods more than once, and label and factor tell rows "
                 "apart. Pass it once."
             )
     _require_one(scheme, plans, refusals)

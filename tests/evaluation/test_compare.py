@@ -257,6 +257,11 @@ def test_mistakes_show_before_anything_is_measured(llama: LlamaForCausalLM) -> N
             "'linear' at factor 2 is among the methods more than once",
             {"methods": ["linear"] * 2},
         ),
+        (  # of two rows of one name, tables would show the last
+            InvalidParameterError,
+            "'linear' at factor 2 is among the methods more than once",
+            {"methods": ["linear(factor=2)", "linear(factor=2.0000001)"]},
+        ),
         (InvalidParameterError, "Pass a list", {"methods": []}),
         (InvalidParameterError, "for a prompt of the task 'passkey'", {"lengths": [32, 128], "passkey": 2}),
         (InvalidParameterError, "Expected passkey to be a whole number from 0 to 10,000, got -1", {"passkey": -1}),
