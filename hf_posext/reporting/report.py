@@ -207,7 +207,8 @@ def differences(runs: Sequence[Results]) -> list[str]:
     for key in (*MEASUREMENT, *ASKED):
         values = {json.dumps(_setting(run, key), sort_keys=True): _setting_text(run, key) for run in runs}
         if _differ(runs, key):
-            settings.append(f"{key} ({', '.join(values.values())})")
+            texts = list(dict.fromkeys(values.values()))
+            settings.append(f"{key} ({', '.join(texts) if len(texts) > 1 else f'{texts[0]} each, not the same'})")
     return [f"Compare within a model, not across: the runs differ in {'; '.join(settings)}."] if settings else []
 
 

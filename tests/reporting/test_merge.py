@@ -142,6 +142,12 @@ def test_what_was_measured_otherwise_stays_apart_and_says_so(key: str, value: An
     assert [name for name, cells in perplexity.rows if not cells] == titles, "each has its block of the table"
 
 
+def test_as_many_other_documents_are_not_called_the_same() -> None:
+    others = [{"document": "a", "tokens": 9000}, {"document": "c", "tokens": 8000}]
+    runs = merge_runs({"a": a_run(), "b": a_run(documents=others)})
+    assert len(runs) == 2 and "documents (2 documents each, not the same)" in differences(runs)[0]
+
+
 def asked(trials: int, seed: int = 0, depths: tuple[float, ...] = (0.0, 1.0)) -> Results:
     """A run that has asked this many passkeys, and as many retrieval questions at each depth."""
     run = a_run(seed=seed)
