@@ -97,6 +97,9 @@ def test_a_broken_model_is_infinite(metric: LongDocumentPerplexity) -> None:
         ({"nll_sums": [1.0, math.nan], "tokens": [1, 1]}, r"nll_sums\[1\] is nan"),
         ({"nll_sums": [math.inf], "tokens": [1]}, r"nll_sums\[0\] is inf"),
         ({"nll_sums": [1.0], "tokens": [-1]}, r"tokens\[0\] is -1"),
+        # Sums of log p would give a perplexity of 0.05, and NLL of no tokens would count for the others.
+        ({"nll_sums": [-210.0], "tokens": [70]}, r"nll_sums\[0\] is -210\.0 for 70 tokens\. Pass their sum of -log p"),
+        ({"nll_sums": [5.0, 100.0], "tokens": [0, 100]}, r"nll_sums\[0\] is 5\.0 for 0 tokens"),
         ({"nll_sums": [1.0, 2.0], "tokens": [1]}, "Mismatch in the number of nll_sums"),
         ({"nll_sums": [1.0], "tokens": [1], "byte_counts": [3, 4]}, "for 1 documents. Pass one count for each"),
         ({"nll_sums": [1.0], "tokens": [1], "byte_counts": [0]}, "not all 0"),

@@ -48,8 +48,9 @@ class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate
     ```
 
     Raises:
-        ValueError: `compute` is called without documents or tokens, with a negative count, with a non-finite NLL sum,
-            or with `byte_counts` that are all 0 or do not have one count per document.
+        ValueError: `compute` is called without documents or tokens, with a negative count, with an NLL sum that is
+            negative, not finite, or of no tokens, or with `byte_counts` that are all 0 or do not have one count per
+            document.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -70,6 +71,8 @@ class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate
                 raise ValueError(f"nll_sums[{index}] is {nll}. Leave out documents whose logits were not finite.")
             if count < 0:
                 raise ValueError(f"tokens[{index}] is {count}. Pass how many tokens were scored, 0 or more.")
+            if nll < 0 or (nll > 0 and count == 0):
+                raise ValueError(f"nll_sums[{index}] is {nll} for {count} tokens. Pass their sum of -log p.")
         nll, count = np.sum(nll_sums, dtype=np.float64), int(np.sum(tokens))
         if count == 0:
             raise ValueError(
