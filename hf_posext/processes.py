@@ -167,8 +167,8 @@ class WriterLock:
         except Timeout as error:
             self.release()
             raise JournalError(
-                f"{file} is being written by another run. Wait until it has ended, or pass another --output (in "
-                "Python, journal=)."
+                f"Expected a journal that no other run writes, got {file}, which is being written by another run. "
+                "Wait until it has ended, or pass another --output (in Python, journal=)."
             ) from error
         except OSError as error:  # the first write reports a folder that is not writable
             if error.errno in NO_LOCKS:

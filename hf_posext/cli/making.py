@@ -116,7 +116,7 @@ class HeldOut:
         try:
             documents = held_out.load()
         except DocumentError as error:
-            raise DocumentError(re.sub("^split", "evaluate_split", str(error))) from error
+            raise DocumentError(re.sub("^(Expected |)split", r"\1evaluate_split", str(error))) from error
         return Evaluation(documents, lengths, self.every, self.start, self.passkey)
 
 

@@ -215,11 +215,14 @@ def card(
     saved = next((path for path in paths if saved_plan(str(path)) is not None), None)
     if saved is None:
         raise InvalidParameterError(
-            f"{directory} holds no adapter and no model that was saved with a patch. Pass what finetune or "
-            "patch.save_pretrained wrote."
+            f"Expected DIRECTORY to contain an adapter or a model saved with a patch, got {directory}. Pass what "
+            "finetune or patch.save_pretrained wrote."
         )
     if push is not None and not (saved / ADAPTER_FILE).is_file():
-        raise InvalidParameterError(f"{saved} is a whole model; without --push, and then: hf upload {push} {saved}")
+        raise InvalidParameterError(
+            f"Expected an adapter to push, got the whole model {saved}. Leave --push out, and then: hf upload {push} "
+            f"{saved}"
+        )
 
     # The imports that take seconds come after the checks that need none of them.
     from ..adapters import push_to_hub

@@ -41,11 +41,11 @@ def output_directory(path: Path, resume: bool | None = None) -> Iterator[None]:
         if not rank():
             files = path.is_dir() and any(not entry.is_dir() and entry.suffix != ".lock" for entry in path.iterdir())
             has_journal = bool(journal_files(path / JOURNAL))
-            _require_resumed(f"output {path} holds", has_journal and not resume)
+            _require_resumed(path, has_journal and not resume)
             if files and not has_journal:
                 raise InvalidParameterError(
-                    f"output {path} holds files already{', and no journal to go on with' if resume else ''}. Pass "
-                    "another --output, or move them away."
+                    f"Expected output to be a new or empty directory, got {path} with files"
+                    f"{' and no journal to go on with' if resume else ''}. Pass another --output, or move them away."
                 )
             make_writable(path)
         yield
@@ -61,11 +61,12 @@ def removed_if_empty(path: Path) -> Iterator[None]:
             path.rmdir()
 
 
-def _require_resumed(journal: str, is_new: bool) -> None:
+def _require_resumed(place: Path, is_new: bool) -> None:
     """Refuse to begin a run where another one has left its journal."""
     if is_new:
         raise InvalidParameterError(
-            f"{journal} the journal of a run. Pass the same settings and --resume to resume it, or another --output."
+            f"Expected no journal of another run, got one in {place}. Pass --resume to go on with it, or another "
+            "--output."
         )
 
 
@@ -77,7 +78,8 @@ def make_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise InvalidParameterError(
-            f"cannot write to {directory}: {error.strerror or error}. Pass an --output that can be written."
+            f"Expected an --output that can be written, got {directory}: {error.strerror or error}. Pass another "
+            "--output."
         ) from error
 
 
@@ -88,24 +90,25 @@ def plan_file(path: Path, resume: bool) -> Iterator[Path]:
     The journal lies beside the plan. If the user interrupts the run, a message reports whether finished work is kept.
     """
     if path.suffix != ".json":
-        raise InvalidParameterError(f"Expected the name of a JSON file, got output={path}. Pass output=plan.json.")
+        raise InvalidParameterError(
+            f"Expected output to be the name of a JSON file, got {path}. Pass --output plan.json."
+        )
     journal = path.with_suffix(".journal.jsonl")
     with WriterLock(journal, rank(), world_size()):
         if not rank():
             has_journal = bool(journal_files(journal))
             if path.exists() and not (resume and has_journal):
-                raise InvalidParameterError(f"output {path} exists. Pass another --output, or move it away.")
-            _require_resumed(f"{journal} is", has_journal and not resume)
+                raise InvalidParameterError(
+                    f"Expected output to be a new file, got {path}, which exists. Pass another --output, or move it "
+                    "away."
+                )
+            _require_resumed(journal, has_journal and not resume)
             make_writable(path.parent)
         try:
             yield journal
         except KeyboardInterrupt:
-            state = (
-                f"what is finished is kept in {journal}; go on with --resume"
-                if journal_files(journal)
-                else "nothing is kept"
-            )
-            say(f"interrupted; {state}", err=True)
+            kept = f"What is finished is kept in {journal}. Pass --resume to go on."
+            say(f"Interrupted. {kept if journal_files(journal) else 'Nothing is kept.'}", err=True)
             raise typer.Exit(130) from None
 
 
@@ -125,19 +128,20 @@ def report_of(output: Path, command: str) -> Iterator[Callable[[Results], None]]
     try:
         yield write
     except KeyboardInterrupt:
-        say(f"interrupted; {_kept(finished, output)}", err=True)
+        say(f"Interrupted. {_kept(finished, output)}", err=True)
         raise typer.Exit(130) from None
     except (PosExtError, OSError) as error:
         if isinstance(error, JournalError) or not journal_files(output / JOURNAL):
             raise
-        raise InvalidParameterError(f"{str(error).rstrip('.')}; {_kept(finished, output)}") from error
+        reason = f"Expected a report in {output}, got {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise InvalidParameterError(f"{reason.rstrip('.')}. {_kept(finished, output)}") from error
 
 
 def _kept(finished: list[str], output: Path) -> str:
     if not journal_files(output / JOURNAL):
-        return "nothing was finished, nothing was written"
-    state = f"finished and kept in {output}: {', '.join(finished)}" if finished else f"a part is kept in {output}"
-    return f"{state}; go on with --resume"
+        return "Nothing was finished or written."
+    state = f"Finished and kept in {output}: {', '.join(finished)}" if finished else f"A part is kept in {output}"
+    return f"{state}. Pass --resume to go on."
 
 
 def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
@@ -151,7 +155,8 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
         return device or "cpu", None
     if device not in (None, "cpu"):
         raise InvalidParameterError(
-            f"device is {device!r}, and the launcher gives each process its own. Leave --device out, or pass cpu."
+            f"Expected device to be left out under a launcher, which gives each process its own, got {device!r}. Drop "
+            "it, or pass --device cpu."
         )
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -162,9 +167,9 @@ def join_processes(device: str | None) -> tuple[str, Accelerator | None]:
     joined = accelerator.process_index, accelerator.num_processes
     if joined != (rank(), world_size()):
         raise InvalidParameterError(
-            f"the launcher started process {rank()} of {world_size()}, and accelerate made it {joined[0]} of "
-            f"{joined[1]}, so that work would be done twice. Start processes by accelerate launch or torchrun, or one "
-            "process without a launcher."
+            f"Expected process {rank()} of {world_size()}, as the launcher started it, got {joined[0]} of {joined[1]} "
+            "from accelerate, so that work would be done twice. Start processes by accelerate launch or torchrun, or "
+            "one process without a launcher."
         )
     if not accelerator.is_main_process:
         logging.getLogger("hf_posext").setLevel(logging.ERROR)  # only the first process prints warnings
@@ -202,7 +207,10 @@ def check_tracker(option: str, name: str, installed: list[str]) -> None:
     """Refuse, before any work, a tracker that is not among those that the library of an option can use here."""
     if name not in installed:
         names = ", ".join(sorted(installed)) or "none; pip install tensorboard"
-        raise InvalidParameterError(f"Expected {option} to be a tracker that is installed ({names}), got {name!r}.")
+        raise InvalidParameterError(
+            f"Expected {option} to be a tracker that is installed ({names}), got {name!r}. Pass one of these, or pip "
+            "install tensorboard."
+        )
 
 
 def _track(results: Results, name: str, output: Path, accelerator: Accelerator | None) -> None:

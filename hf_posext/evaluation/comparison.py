@@ -154,7 +154,9 @@ def check_evaluation(
     `model` may be a config, and is under `plan`. `control_length` is the trained length of the control, if any.
     """
     if label == CONTROL:  # records, tasks, and journal entries are identified by their label
-        raise InvalidParameterError(f"label is {label!r}, as records call the control. Pass another label.")
+        raise InvalidParameterError(
+            f"Expected label to be another name than that of the control, got {label!r}. Pass label='tuned'."
+        )
     # The config beside a saved plan contains the positions under the plan.
     scheme = detect_scheme(model) if plan is None or isinstance(model, nn.Module) else plan.scheme
     request = check_request(config, scheme, model, accelerator)
@@ -275,7 +277,8 @@ def evaluate_perplexity(
     for name in ("factor", "target_length"):
         if (value := getattr(full_config, name)) is not None:
             raise InvalidParameterError(
-                f"{name} is {value}, and a model is measured as it is. Leave it out, or patch the model first."
+                f"Expected {name} to be left out, since a model is measured as it is, got {value}. Drop it, or patch "
+                "the model first."
             )
     patch = find_patch(model)
     plan = None if patch is None else patch.plan
@@ -303,14 +306,19 @@ def _control_length(control: nn.Module | None, trained_length: int | None) -> in
     if control is None:
         if trained_length is not None:
             raise InvalidParameterError(
-                f"trained_length is {trained_length}, and there is no control. Pass control= too, or leave it out."
+                f"Expected trained_length to be that of a control, got {trained_length} without a control. Pass "
+                "control= too, or drop it."
             )
         return None
     if find_patch(control) is not None:
-        raise AlreadyPatchedError("the control has a patch in force. Pass the model as it was trained.")
+        raise AlreadyPatchedError(
+            "Expected control to be a model without a patch, got one with a patch in force. Pass the model as it was "
+            "trained."
+        )
     length = trained_length or detect_scheme(control).trained_length
     if length is None or length < 2:
         raise InvalidParameterError(
-            f"the trained length of the control is {length}. Pass trained_length=, in tokens, 2 or more."
+            f"Expected control to have a trained length of 2 or more, got {length}. Pass trained_length=2048, in "
+            "tokens."
         )
     return length

@@ -183,8 +183,10 @@ class EvaluationConfig:
         for name in settings:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
-                guess = f"did you mean {near[0]!r}? " if near else ""
-                raise InvalidParameterError(f"unknown setting {name!r}; {guess}there are: {', '.join(names)}")
+                guess = f" Did you mean {near[0]!r}?" if near else ""
+                raise InvalidParameterError(
+                    f"Expected a known setting, got {name!r}.{guess} Pass one of {', '.join(names)}."
+                )
         if config is not None:
             return replace(config, **settings)
         if "lengths" not in settings:
@@ -221,13 +223,13 @@ def check_criterion(criterion: Criterion, longest: int) -> None:
         check_type(name, getattr(criterion, name), hint)
     if not (math.isfinite(alpha) and math.isfinite(beta) and beta < 0):
         raise InvalidParameterError(
-            f"alpha is {alpha} and beta {beta}, in nats. Pass numbers, beta below 0 since it is a log-probability, "
-            "as in alpha=2, beta=-2."
+            f"Expected alpha and beta to be finite and beta below 0, in nats, got {alpha} and {beta}. Pass alpha=2, "
+            "beta=-2."
         )
     if short_length < 1 or stride < 1 or short_length + stride >= longest:
         raise InvalidParameterError(
-            f"short_length is {short_length} and stride {stride}, and rows have up to {longest} tokens, so no context "
-            "is short. Pass positive numbers whose sum is below that, as in short_length=length // 8."
+            f"Expected short_length and stride to be 1 or more and their sum below {longest} tokens, got "
+            f"{short_length} and {stride}, so that no context is short. Pass short_length={max(1, longest // 8)}."
         )
 
 

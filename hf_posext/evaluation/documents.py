@@ -79,7 +79,8 @@ class Recipe:
             return rows
         if split not in self.files:
             raise DocumentError(
-                f"the recipe {self.name!r} has no split {split!r}. Choose one of {', '.join(self.files)}."
+                f"Expected split to be one of {', '.join(self.files)} of the recipe {self.name!r}, got {split!r}. "
+                f"Pass split={next(iter(self.files))!r}."
             )
         root = local or f"hf://datasets/{self.path}@{revision or 'main'}"
         # Not "json", which requires one type per column: the `meta` of Proof-pile has many. The split is the one that
@@ -237,11 +238,17 @@ def load_documents(
             documents.
     """
     if limit is not None and limit < 1:
-        raise DocumentError(f"limit is {limit}. Pass the number of documents to read, 1 or more, or leave it out.")
+        raise DocumentError(
+            f"Expected limit to be 1 or more, got {limit}. Pass the number of documents to read, or leave it out."
+        )
     if minimum_characters is not None and minimum_characters < 0:
-        raise DocumentError(f"minimum_characters is {minimum_characters}. Pass 0 or more, or leave it out.")
+        raise DocumentError(
+            f"Expected minimum_characters to be 0 or more, got {minimum_characters}. Pass 0, or leave it out."
+        )
     if isinstance(source, str) and not source:  # as a path, it is the working directory
-        raise DocumentError("the path is ''. Pass a file, a folder such as '.', a Hub id, or a list of texts.")
+        raise DocumentError(
+            "Expected a path, got ''. Pass a file, a folder such as '.', a Hub id, or a list of texts."
+        )
     recipe = _recipe(source)
     facts: dict[str, Any] = {}
     if recipe is not None:
@@ -266,7 +273,7 @@ def load_documents(
         for id, text in texts:
             if not isinstance(text, str):
                 raise DocumentError(
-                    f"document {id!r} of {name} is {type(text).__name__}, not text. Drop or convert it."
+                    f"Expected text in document {id!r} of {name}, got {type(text).__name__}. Drop or convert it."
                 )
             if len(text) >= (minimum_characters or 0):
                 documents.append(Document(id, text))
@@ -274,9 +281,10 @@ def load_documents(
                 break
     if not documents:
         raise DocumentError(
-            f"{name} has no document of {minimum_characters:,} characters or more. Pass a lower minimum_characters."
+            f"Expected documents of {minimum_characters:,} characters or more in {name}, got none. Pass a lower "
+            "minimum_characters."
             if minimum_characters
-            else f"{name} has no documents. Pass a data set with one row or more, or a folder of .txt files."
+            else f"Expected documents in {name}, got none. Pass a data set with rows, or a folder of .txt files."
         )
     provenance = {"dataset": name, "split": split, "revision": revision, "text_column": text_column, **facts}
     return Documents(_with_unique_ids(documents), provenance)

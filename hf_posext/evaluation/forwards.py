@@ -141,7 +141,9 @@ class SlicedHead:
         with _forward_replaced(self.trunk, run_and_keep):
             output = self.model(input_ids=input_ids, **kwargs)
         if len(outputs) != 1:
-            raise RuntimeError(f"{type(self.trunk).__name__} runs {len(outputs)} times in a forward")
+            raise RuntimeError(
+                f"Expected {type(self.trunk).__name__} to run once in a forward, got {len(outputs)} times."
+            )
         (trunk,) = outputs
         return Read(input_ids, trunk, output, projection_of(self.model))
 
@@ -269,8 +271,8 @@ def check_positions(scheme: PositionalScheme, plan: ExtensionPlan | None, longes
     if scheme.ends and rows is not None and longest > rows:
         table = "learned table" if scheme.kind == "learned" else "table"
         raise InvalidParameterError(
-            f"{scheme.model_type} has a {table} of {rows} positions, and {longest} tokens were asked for. "
-            f"Pass lengths up to {rows}."
+            f"Expected texts of at most {rows} tokens, the positions of the {table} of {scheme.model_type}, got "
+            f"{longest}. Pass lengths up to {rows}."
         )
 
 
@@ -404,8 +406,8 @@ class Prefill:
             raise UnsupportedModelError(self._refusal(NO_CACHE))
         if offload_cache and model.device.type != "cuda":
             raise InvalidParameterError(
-                f"offload_cache moves the cache of a CUDA device to main memory, and {type(model).__name__} is on "
-                f"{model.device.type!r}. Leave it out."
+                f"Expected a CUDA device for offload_cache=True, got {type(model).__name__} on {model.device.type!r}. "
+                "Leave offload_cache out."
             )
 
     def chunks(self, head: Head, input_ids: torch.Tensor) -> Iterator[Chunk]:
@@ -433,8 +435,8 @@ class Prefill:
             return
         why = f"not even in chunks of {chunk}" if obstacle is None else f"and not in chunks either: {obstacle}"
         raise OutOfMemoryError(
-            f"{length} tokens do not fit into memory ({reason}), {why}. Pass shorter lengths, load the model with "
-            "dtype=torch.bfloat16, or choose offload_cache=True on a CUDA device."
+            f"Expected memory for {length} tokens, got none ({reason}), {why}. Pass shorter lengths, load the model "
+            "with dtype=torch.bfloat16, or choose offload_cache=True on a CUDA device."
         )
 
     def _read(self, head: Head, input_ids: torch.Tensor, bounds: list[tuple[int, int]]) -> Iterator[Chunk]:
@@ -472,4 +474,5 @@ class Prefill:
         return None if difference is None else f"its logits differ by {difference:.2g}"
 
     def _refusal(self, obstacle: str) -> str:
-        return f"{type(self.model).__name__} cannot read a text in chunks: {obstacle}; leave prefill_chunk out"
+        name = type(self.model).__name__
+        return f"Expected a model that can read in chunks, got {name}: {obstacle}. Leave prefill_chunk out."

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..decode import short
 from ..errors import EvaluationError, InvalidParameterError
 from ..patching import detect_scheme, find_patch
 from ..patching.modes import evaluation_mode
@@ -178,7 +179,7 @@ def whole_nll(scorer: TokenScorer, row: torch.Tensor, id: str) -> np.ndarray:
 
 def check_reads(model: nn.Module, rows: Sequence[torch.Tensor]) -> None:
     """Refuse tokens outside the model's vocabulary, and positions past the end of its position table."""
-    remedy = "give each model its own tokenizer, the evaluator's as evaluator_tokenizer="
+    remedy = "Pass each model's own tokenizer, the evaluator's as evaluator_tokenizer="
     check_vocabulary(TokenScorer(model).model, rows, evaluator_name(model), remedy)
     patch = find_patch(model)
     check_positions(detect_scheme(model), None if patch is None else patch.plan, max(len(row) for row in rows))
@@ -269,9 +270,13 @@ def longppl(
         DocumentError, UnsupportedModelError: see [`evaluate_perplexity`].
     """
     if keys is not None and evaluator is not None:
-        raise InvalidParameterError("keys and evaluator both say which tokens count. Pass one of them.")
+        raise InvalidParameterError(
+            "Expected keys or evaluator, which both say what tokens count, got both. Pass one of them."
+        )
     if evaluator is None and evaluator_tokenizer is not None:
-        raise InvalidParameterError("evaluator_tokenizer is given without a model. Pass evaluator=, too, or neither.")
+        raise InvalidParameterError(
+            "Expected evaluator_tokenizer with an evaluator, got it alone. Pass evaluator=, too, or neither."
+        )
     texts = as_documents(documents)
     rows = tokenize_documents(texts, tokenizer, length, start)
     if keys is None:
@@ -282,8 +287,9 @@ def longppl(
     missing = [id for id in rows.ids if id not in keys.indices]
     if (keys.length, keys.start) != (length, start) or missing:
         raise InvalidParameterError(
-            f"the key tokens are of length {keys.length} from token {keys.start} on and lack the documents {missing}, "
-            f"and length is {length}, start {start}. Find them for the same documents, length and start."
+            f"Expected keys of length {length} from token {start} on, of all documents, got length {keys.length} from "
+            f"token {keys.start} on, without the documents {missing}. Find them for the same documents, length and "
+            "start."
         )
     check_reads(model, list(rows.tokens))
     scorer = TokenScorer(model)
@@ -313,10 +319,11 @@ def longce_weights(long_nll: torch.Tensor, short_nll: torch.Tensor, *, cap: floa
     """
     if long_nll.shape != short_nll.shape:
         raise InvalidParameterError(
-            f"long_nll has shape {tuple(long_nll.shape)} and short_nll {tuple(short_nll.shape)}. Pass the same tokens."
+            f"Expected long_nll and short_nll of one shape, got {tuple(long_nll.shape)} and {tuple(short_nll.shape)}. "
+            "Pass the same tokens."
         )
     if not (cap > 0 and math.isfinite(cap)):
-        raise InvalidParameterError(f"cap is {cap}. Pass a positive number, as in cap=5.0.")
+        raise InvalidParameterError(f"Expected cap to be positive and finite, got {cap}. Pass cap=5.0.")
     return (short_nll.detach() - long_nll.detach()).exp().clamp(max=cap)
 
 
@@ -334,10 +341,10 @@ def _pool(rows: TokenizedDocuments, nll: list[np.ndarray], keys: KeyTokens, seed
     all_sums, all_counts = columns_of(per_document, "all_nll_sum", "tokens")
     if not counts:
         raise EvaluationError(
-            f"none of {sum(all_counts)} tokens is key ({keys.found} of the evaluator's own are): at alpha "
-            f"{keys.criterion.alpha:g} and beta {keys.criterion.beta:g}, more than {keys.criterion.short_length} "
-            f"tokens of context do not help {keys.evaluator}. Use an evaluator that reads longer, or a smaller "
-            "short_length."
+            f"Expected key tokens, got none of {sum(all_counts)} tokens ({keys.found} of the evaluator's own are "
+            f"key): at alpha {keys.criterion.alpha:g} and beta {keys.criterion.beta:g}, more than "
+            f"{keys.criterion.short_length} tokens of context do not help {keys.evaluator}. Pass an evaluator that "
+            "reads longer, or a smaller short_length."
         )
     return LongPPL(
         value=float(pooled_perplexity(sums, counts)),
@@ -394,8 +401,9 @@ class KeySearch:
         failures = {str(task.document): reason for task in tasks if (reason := outcomes[task].failure) is not None}
         if len(failures) == len(tasks):
             raise EvaluationError(
-                f"no key tokens: {self.evaluator} failed on every document: {next(iter(failures.values()))}. Pass "
-                "another evaluator, as in --longppl org/name, or leave longppl out."
+                f"Expected key tokens of {self.evaluator}, got a failure on every document: "
+                f"{next(iter(failures.values()))}. Pass another evaluator, as in --longppl org/name, or leave longppl "
+                "out."
             )
         values = {str(task.document): outcomes[task].value for task in tasks if str(task.document) not in failures}
         if not any(value["found"] for value in values.values()):
@@ -432,15 +440,18 @@ def check_key_search(request: Request, trained_length: int | None, labels: Seque
     if config.longppl is None:
         for name, value in thresholds.items():
             if value is not None:
-                raise InvalidParameterError(f"{name} is {value}, and there is no LongPPL. Pass longppl=, too.")
+                raise InvalidParameterError(f"Expected longppl= with {name}={value}, got none. Pass longppl=, too.")
         return None
     # The model of a label reads with the tokenizer of the documents.
     if isinstance(config.longppl, tuple) and (len(config.longppl) != 2 or isinstance(config.longppl[0], str)):
-        raise InvalidParameterError("Expected longppl to be a label, a model, or (model, tokenizer).")
+        raise InvalidParameterError(
+            f"Expected longppl to be a label, a model, or (model, tokenizer), got {short(config.longppl)}. Pass "
+            "longppl='yarn'."
+        )
     if request.protocol.name not in WHOLE:
         raise InvalidParameterError(
-            f"longppl needs the NLL of every token given all tokens before it, which protocol "
-            f"{request.protocol.name!r} does not give. Choose {', '.join(WHOLE)}, or leave longppl out."
+            f"Expected protocol to be one of {', '.join(WHOLE)} for longppl, which needs the NLL of every token given "
+            f"all tokens before it, got {request.protocol.name!r}. Pass protocol='prefix', or leave longppl out."
         )
     criterion = default_criterion(thresholds, trained_length, request.lengths[-1])
     if isinstance(config.longppl, str):
@@ -474,7 +485,8 @@ def _find_label(label: str, names: Sequence[str]) -> int:
     matches = [index for index, name in enumerate(names) if label in (name, name.rsplit(" x", 1)[0])]
     if len(matches) != 1:
         raise InvalidParameterError(
-            f"longppl is {label!r}, which {'several' if matches else 'none'} of the methods are: {', '.join(names)}. "
-            "Pass one of these, or a model (on the command line its folder or Hub id, with a slash in it)."
+            f"Expected longppl to be the label of one method ({', '.join(names)}), got {label!r}, which "
+            f"{'several' if matches else 'none'} of them have. Pass one of these, or a model (on the command line its "
+            "folder or Hub id, with a slash in it)."
         )
     return matches[0]

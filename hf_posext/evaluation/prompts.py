@@ -127,7 +127,8 @@ def chat_frame(tokenizer: Any, question: str) -> tuple[str, str]:
         )
     except Exception as error:  # a template is code from outside, and may raise anything
         raise InvalidParameterError(
-            f"The chat template of {name} does not render one message of a user: {' '.join(str(error).split())}"
+            f"Expected the chat template of {name} to render one message of a user, got "
+            f"{' '.join(str(error).split())}. Leave chat out."
         ) from error
     parts = chat.split(TEXT)
     if len(parts) != 2:

@@ -32,8 +32,8 @@ class FramedScorer(Scorer):
         self.model = scored_model(model)
         if memory.prefill_chunk is not None:
             raise InvalidParameterError(
-                f"prefill_chunk is {memory.prefill_chunk}, and {type(self.model).__name__} reads a text as a whole. "
-                "Leave it out."
+                f"Expected prefill_chunk to be left out, as {type(self.model).__name__} reads a text as a whole, got "
+                f"{memory.prefill_chunk}. Drop it."
             )
         # On the CPU like the texts, even if the default device of the process is another one.
         self.before, self.after = (
@@ -60,7 +60,10 @@ class OfFramedTexts(PerplexityProtocol):
 def require_room(length: int, needed: int) -> None:
     """Refuse a text that is too short to score."""
     if length < needed:
-        raise InvalidParameterError(f"a text of {length} tokens is too short to score. Pass {needed} or more.")
+        raise InvalidParameterError(
+            f"Expected texts of {needed} tokens or more, which can be scored, got {length}. Pass lengths from "
+            f"{needed} on."
+        )
 
 
 SAMPLES = 64
@@ -73,7 +76,10 @@ class MaskedScorer(FramedScorer):
     def __init__(self, model: nn.Module, tokenizer: Any, memory: Memory = WHOLE) -> None:
         super().__init__(model, tokenizer, memory)
         if tokenizer.mask_token_id is None:
-            raise InvalidParameterError("the tokenizer has no mask token. Load the one that belongs to the encoder.")
+            raise InvalidParameterError(
+                f"Expected a tokenizer with a mask token, got {type(tokenizer).__name__} without one. Pass the one "
+                "that belongs to the encoder."
+            )
         self.mask: int = tokenizer.mask_token_id
         self._trunk: nn.Module = self.model.base_model
         self._texts = Room("texts in a batch", BATCH_TOKENS)
@@ -129,8 +135,8 @@ class MaskedScorer(FramedScorer):
         difference = deviation(self._logits(inputs, at)[0], full)
         if difference is not None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} has a head that reads more than the token that it predicts (logits "
-                f"differ by {difference:.2g}), so it has no pseudo-perplexity"
+                f"Expected a head that reads only the token that it predicts, got that of {type(self.model).__name__} "
+                f"(logits differ by {difference:.2g}), which has no pseudo-perplexity. Pass another model."
             )
         self._checked = True
 
@@ -200,7 +206,7 @@ class Seq2SeqScorer(FramedScorer):
         start = next((token for token in starts if token is not None), None)
         if start is None:
             raise InvalidParameterError(
-                f"{type(self.model).__name__} does not say what its decoder starts with. Set "
+                f"Expected {type(self.model).__name__} to say what its decoder starts with, got no token. Set "
                 "model.generation_config.decoder_start_token_id (mBART: the token of the language)."
             )
         self.start = torch.cat([torch.tensor([start], device="cpu"), self.before])
@@ -286,20 +292,26 @@ def protocol_for(
     fitting, options = FITTING[kind], {"stride": stride, "tail": tail}
     name = name or fitting[0]
     if name not in PROTOCOLS:
-        raise InvalidParameterError(f"protocol is {name!r}. Choose one of {', '.join(PROTOCOLS)}.")
+        raise InvalidParameterError(
+            f"Expected protocol to be one of {', '.join(PROTOCOLS)}, got {name!r}. Pass protocol={fitting[0]!r}."
+        )
     if name not in fitting:
         raise InvalidParameterError(
-            f"protocol {name!r} does not fit {model}. Choose {' or '.join(map(repr, fitting))}."
+            f"Expected protocol to be {' or '.join(map(repr, fitting))} for {model}, got {name!r}. Pass "
+            f"protocol={fitting[0]!r}."
         )
     required = PROTOCOLS[name].option
     for option, value in options.items():
         if value is not None and option != required:
             users = [user for user, protocol in PROTOCOLS.items() if protocol.option == option]
             raise InvalidParameterError(
-                f"{option} is {value}, and protocol {name!r} has none. Leave it out, or choose {' or '.join(users)}."
+                f"Expected {option} to be left out for protocol {name!r}, got {value}. Drop it, or choose "
+                f"{' or '.join(users)}."
             )
         if value is None and option == required:
-            raise InvalidParameterError(f"protocol {name!r} requires {option}. Pass {option}=128, in tokens.")
+            raise InvalidParameterError(
+                f"Expected {option} for protocol {name!r}, got none. Pass {option}=128, in tokens."
+            )
     protocol: PerplexityProtocol = PROTOCOLS[name](*([options[required]] if required else []))
     protocol.check(lengths)
     return protocol

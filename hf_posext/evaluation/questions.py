@@ -264,7 +264,7 @@ class WholeConfig(GenerationConfig):  # type: ignore[misc]
     """Generation config without gaps, from which `generate` takes every value.
 
     `generate` fills the fields that are `None` from the model's own config: suppressed tokens, penalties, guidance, a
-    time limit. `None` cannot be told from a gap, so this class refuses to be filled, and has the defaults of
+    time limit. `None` looks like a gap, so this class refuses to be filled, and has the defaults of
     transformers from the beginning.
     """
 

@@ -136,27 +136,35 @@ def from_path(
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise DocumentError(f"no such path: {short(path)}. Pass a list, also of one text.") from None
+        raise DocumentError(
+            f"Expected documents, got {short(path)}: no such path. Pass a list, also of one text."
+        ) from None
     if is_there and revision is not None:
-        raise DocumentError(f"revision is {revision!r}, and {path} is on this machine. Leave revision out.")
+        raise DocumentError(
+            f"Expected revision to be left out, as {path} is on this machine, got {revision!r}. Drop it."
+        )
     if path.is_file():
         if split is not None:
-            raise DocumentError(f"split is {split!r}, and {path} is one file. Leave split out.")
+            raise DocumentError(f"Expected split to be left out, as {path} is one file, got {split!r}. Drop it.")
         kind = kind_of(path)
         if kind is None:
-            raise DocumentError(f"{path} ends in {path.suffix!r}. Pass a file of {ENDINGS}, or a folder.")
+            raise DocumentError(f"Expected a file of {ENDINGS}, got {path}. Pass such a file, or a folder.")
         return _from_files(kind, [path], path.parent, text_column), {}
     if path.is_dir():
         return _from_folder(path, text_column, split)
     if is_there:
-        raise DocumentError(f"{path} is neither a file nor a folder. Save its content to a file of {ENDINGS}.")
+        raise DocumentError(
+            f"Expected a file or a folder, got {path}, which is neither. Save its content to a file of {ENDINGS}."
+        )
     if kind_of(path) is not None or not HUB_ID.fullmatch(str(path)):
-        raise DocumentError(f"no such path: {short(path)}. Pass a folder, a file of {ENDINGS}, or a Hub id.")
+        raise DocumentError(
+            f"Expected documents, got {short(path)}: no such path. Pass a folder, a file of {ENDINGS}, or a Hub id."
+        )
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if str(path) in _PACKAGED_DATASETS_MODULES:
         raise DocumentError(
-            f"{str(path)!r} is how datasets calls its reader of such files, and not a data set. Pass the files: a "
+            f"Expected a data set, got {str(path)!r}, the name of a reader of files in datasets. Pass the files: a "
             "path, or a Hub id such as org/name."
         )
     rows = _of_split(load_dataset(str(path), str(path), split=split, revision=revision), split, str(path))
@@ -172,19 +180,21 @@ def _from_folder(folder: Path, text_column: str, split: str | None) -> tuple[Tex
         return from_rows(_of_split(saved, split, str(folder)), text_column, str(folder)), {"saved": "save_to_disk"}
     by_kind, others = list_folder(folder)
     if not by_kind:
-        content = f"; it contains {_names(others, folder)}" if others else ""
-        raise DocumentError(f"{folder} contains no documents{content}: give a folder with files of {ENDINGS}")
+        content = _names(others, folder) if others else "none"
+        raise DocumentError(f"Expected documents in {folder}, got {content}. Pass a folder with files of {ENDINGS}.")
     if len(by_kind) > 1:
         kinds = "; ".join(f"{kind}: {_names(files, folder)}" for kind, files in by_kind.items())
         first = min((files[0] for files in by_kind.values()), key=lambda file: len(file.parts))
         raise DocumentError(
-            f"{folder} contains files of several kinds ({kinds}). Pass one of them, as {first}, or a folder of "
-            "one kind."
+            f"Expected files of one kind in {folder}, got several ({kinds}). Pass one of them, as {first}, or a "
+            "folder of one kind."
         )
     ((kind, files),) = by_kind.items()
     if kind == "text":
         if split is not None:
-            raise DocumentError(f"split is {split!r}, and in {folder} each .txt is a document. Leave split out.")
+            raise DocumentError(
+                f"Expected split to be left out, as in {folder} each .txt is a document, got {split!r}. Drop it."
+            )
     else:
         files = _files_of_split(folder, files, split)
     if others:
@@ -211,8 +221,8 @@ def _files_of_split(folder: Path, files: list[Path], split: str | None) -> list[
     rest = [file for file in files if file.absolute() not in known]
     if rest:
         raise DocumentError(
-            f"{folder} contains files of the splits {', '.join(splits)} and besides {_names(rest, folder)}. Pass one "
-            "file, or a folder in which every file is of a split or none is."
+            f"Expected every file of {folder} to be of a split, or none, got the splits {', '.join(splits)} and "
+            f"besides {_names(rest, folder)}. Pass one file, or a folder in which every file is of a split or none is."
         )
     return [folder / file.relative_to(root) for file in _of_split(splits, split, str(folder))]
 
@@ -246,7 +256,9 @@ def _open(path: Path, newline: str | None = None) -> io.TextIOBase:
         try:
             zstandard = importlib.import_module("zstandard")
         except ImportError as error:
-            raise DocumentError(f"{path} needs the package zstandard: pip install zstandard") from error
+            raise DocumentError(
+                f"Expected the package zstandard for {path}, got none. Run pip install zstandard."
+            ) from error
         opener = zstandard.open
     file: io.TextIOBase = opener(path, "rt", encoding="utf-8-sig", newline=newline)
     return file
@@ -256,7 +268,9 @@ def _text(path: Path) -> str:
     with _open(path) as file:
         text = file.read()
     if 4 * text.count("\0") > len(text):  # ASCII text in UTF-16 or UTF-32 without a byte order mark is valid UTF-8
-        raise DocumentError(f"cannot read {path}: a quarter of it or more is NUL. Save it as UTF-8.")
+        raise DocumentError(
+            f"Expected UTF-8 in {path}, got a text of which a quarter or more is NUL. Save it as UTF-8."
+        )
     return text
 
 
@@ -283,7 +297,7 @@ def _json(text: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError(f"an object has the keys {', '.join(key for key, _ in pairs)}, some twice. Rename them.")
+        raise ValueError(f"Expected unique keys in an object, got {', '.join(key for key, _ in pairs)}. Rename them.")
     return content
 
 
@@ -298,7 +312,9 @@ def json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
             try:
                 yield _json(line)
             except json.JSONDecodeError as error:
-                raise DocumentError(f"cannot read {name}: line {number} is not JSON ({error})") from error
+                raise DocumentError(
+                    f"Expected JSON in line {number} of {name}, got {error}. Mend that line."
+                ) from error
 
 
 def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
@@ -313,7 +329,8 @@ def _table(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
             if surplus or None in row.values():
                 cells = len(surplus) + sum(value is not None for value in row.values())
                 raise DocumentError(
-                    f"cannot read {path}: row {number} has {cells} cells, and the header {len(columns)}"
+                    f"Expected {len(columns)} cells in row {number} of {path}, as in its header, got {cells}. Mend "
+                    "that row."
                 )
             yield row
 
@@ -322,7 +339,7 @@ def require_unique(columns: Iterable[Any], name: str) -> None:
     """Check that column names are unique. A row would keep only the last of two equal columns."""
     names = list(map(str, columns))
     if len(set(names)) < len(names):
-        raise DocumentError(f"cannot read {name}: its columns are {', '.join(names)}, some twice. Rename them.")
+        raise DocumentError(f"Expected unique columns in {name}, got {', '.join(names)}. Rename them.")
 
 
 def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts:
@@ -333,13 +350,16 @@ def from_rows(rows: Any, text_column: str, name: str, prefix: str = "") -> Texts
     """
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise DocumentError(f"row {index + 1} of {name} is {type(row).__name__}, not an object with columns")
+            raise DocumentError(
+                f"Expected rows with columns in {name}, got {type(row).__name__} as row {index + 1}. Pass objects "
+                "such as {'text': '...'}."
+            )
         if text_column not in row:
             columns = ", ".join(map(str, row))
             raise DocumentError(
-                f"row {index + 1} of {name} has no {text_column!r}, which the rows before it have, only {columns}"
+                f"Expected {text_column!r} in every row of {name}, got {columns} in row {index + 1}. Drop or fill it."
                 if index
-                else f"{name} has no column {text_column!r}; it has {columns}: choose one with text_column="
+                else f"Expected text_column to be one of {columns} in {name}, got {text_column!r}. Pass one of these."
             )
         id = row.get("id")
         yield f"{prefix}{index}" if id is None or id == "" else str(id), row[text_column]
@@ -356,7 +376,7 @@ def from_object(source: Any, text_column: str, split: str | None, revision: str 
         source, split = _of_split(source, split, name), None  # of a DatasetDict
     for what, value in (("split", split), ("revision", revision)):
         if value is not None:
-            raise DocumentError(f"{what} is {value!r}, and {name} has none. Leave {what} out.")
+            raise DocumentError(f"Expected {what} to be left out, as {name} has none, got {value!r}. Drop it.")
     if isinstance(source, Mapping):
         return from_rows(_rows_of_columns(source, name), text_column, name)
     if hasattr(source, "iter_rows") and hasattr(source, "columns"):  # polars
@@ -399,11 +419,13 @@ def _of_split(data: Any, split: str | None, name: str) -> Any:
     """Return one split of a data set, or the data set itself if it has no splits."""
     if not isinstance(data, Mapping):
         return data
-    if split is None and len(data) > 1:
-        raise DocumentError(f"{name} has the splits {', '.join(data)}. Choose one, as split={next(iter(data))!r}.")
-    if split is not None and split not in data:
-        raise DocumentError(f"{name} has no split {split!r}; there are: {', '.join(data)}")
-    return data[split or next(iter(data))]
+    first = next(iter(data))
+    if (split or first) not in data or (split is None and len(data) > 1):
+        raise DocumentError(
+            f"Expected split to be one of {', '.join(data)} of {name}, got {split and repr(split)}. "
+            f"Pass split={first!r}."
+        )
+    return data[split or first]
 
 
 def load_dataset(shown: str, *args: Any, streaming: bool = True, **kwargs: Any) -> Any:
@@ -430,5 +452,6 @@ def one_line_errors(name: str) -> Iterator[None]:
     except DocumentError:
         raise
     except Exception as error:
-        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise DocumentError(f"cannot read {name}: {first_line(error)}{advice}") from error
+        advice = "Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else "Pass another."
+        reason = first_line(error).rstrip(".")
+        raise DocumentError(f"Expected documents that can be read, got {name}: {reason}. {advice}") from error

@@ -106,7 +106,8 @@ class Results:
         if len(matches) != 1:
             rows = ", ".join(f"{row['method']} x{row['factor']:g} at {row['length']}" for row in matches or self.rows)
             raise InvalidParameterError(
-                f"{len(matches)} rows are {method!r} at {length} (factor {factor}). Choose one of: {rows or 'none'}."
+                f"Expected one row of {method!r} at {length} (factor {factor}), got {len(matches)}. Choose one of: "
+                f"{rows or 'none'}."
             )
         return matches[0]
 
@@ -147,17 +148,20 @@ class Results:
         """
         if not isinstance(data, Mapping) or "schema" not in data:
             raise EvaluationError(
-                "no results of hf_posext, which have the key 'schema'. Pass a results.json that compare wrote."
+                "Expected results of hf_posext, which have the key 'schema', got others. Pass a results.json that "
+                "compare wrote."
             )
         if data["schema"] != SCHEMA:
             raise EvaluationError(
-                f"results have schema {data['schema']!r}; this version of hf_posext reads {SCHEMA}: "
-                "upgrade it, or measure again"
+                f"Expected results of schema {SCHEMA}, got {data['schema']!r}. Upgrade hf_posext, or measure again."
             )
         missing = [key for key in ("provenance", "rows", "per_document") if key not in data]
         unknown = sorted(set(data) - {"schema", "provenance", "short_context", *TABLES})
         if missing or unknown:
-            raise EvaluationError(f"results lack {missing} and have unknown {unknown}; {RULES.remedy}")
+            raise EvaluationError(
+                f"Expected the keys of results, got none of {missing} and unknown {unknown}. "
+                f"{RULES.remedy.capitalize()}."
+            )
         _check_provenance(data["provenance"])
         tables = {name: _table(name, data.get(name, [])) for name in TABLES}
         return cls(dict(data["provenance"]), **tables)
@@ -176,9 +180,11 @@ class Results:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise EvaluationError(f"cannot read results at {path}: {error.strerror}") from error
+            raise EvaluationError(
+                f"Expected results at {path}, got {error.strerror}. Pass a results.json that compare wrote."
+            ) from error
         except (ValueError, RecursionError) as error:
-            raise EvaluationError(f"{path} is not JSON, so it holds no results: {error}. Measure again.") from error
+            raise EvaluationError(f"Expected results as JSON in {path}, got {error}. Measure again.") from error
         try:
             return cls.from_dict(data)
         except EvaluationError as error:
@@ -262,27 +268,35 @@ def _finite(value: Any) -> Any:
 def _check_provenance(provenance: Any) -> None:
     """Check the types of the provenance entries that reports read."""
     if not isinstance(provenance, Mapping):
-        raise EvaluationError("Expected a JSON object as the provenance of the results.")
+        raise EvaluationError(
+            f"Expected a JSON object as the provenance of the results, got {type(provenance).__name__}. Measure again."
+        )
     kinds = {"model": str, "trained_length": int, "seed": int, "not_applicable": dict, "documents": list}
     for key, kind in kinds.items():
         value = provenance.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise EvaluationError(f"provenance has {key} {short(value)}. Measure again.")
+            raise EvaluationError(
+                f"Expected {key} of the provenance to be {kind.__name__}, got {short(value)}. Measure again."
+            )
 
 
 def _table(name: str, entries: Any) -> list[Any]:
     """Return the decoded and checked entries of a list of results."""
     if not isinstance(entries, list):
-        raise EvaluationError(f"{name} of the results is {type(entries).__name__}, not a list")
+        raise EvaluationError(
+            f"Expected {name} of the results to be a list, got {type(entries).__name__}. Measure again."
+        )
     records = []
     for index, entry in enumerate(entries):
         record = decode(TABLES[name], entry, f"{name}.{index}", RULES)
         records.append(record)
         for key, value in record.items():
             if isinstance(value, int) and value < 0:  # the other numbers are floats
-                raise EvaluationError(f"{name}.{index}.{key} is {value}; a count of 0 or more belongs there")
+                raise EvaluationError(f"Expected {name}.{index}.{key} to be 0 or more, got {value}. Measure again.")
             if isinstance(value, list) and len(value) != SIZES[key]:
-                raise EvaluationError(f"{name}.{index}.{key} is {short(value)}; {SIZES[key]} numbers belong there")
+                raise EvaluationError(
+                    f"Expected {SIZES[key]} numbers in {name}.{index}.{key}, got {short(value)}. Measure again."
+                )
     return records
 
 
@@ -313,8 +327,8 @@ def log_results(results: Results, accelerator: Accelerator) -> None:
     """
     if accelerator.is_main_process and not accelerator.trackers:
         raise InvalidParameterError(
-            "the accelerator has no tracker. Make it as Accelerator(log_with='tensorboard', project_dir='runs') and "
-            "call accelerator.init_trackers('hf_posext') first."
+            "Expected an accelerator with a tracker, got none. Make it as Accelerator(log_with='tensorboard', "
+            "project_dir='runs') and call accelerator.init_trackers('hf_posext') first."
         )
     for length in sorted({row["length"] for row in results.rows}):
         values = {

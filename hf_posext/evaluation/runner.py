@@ -13,6 +13,7 @@ first one is active.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -220,9 +221,12 @@ class RunJournal:
                 self._file = self._open()
             self._write(self._file, {"task": task.key, "value": value})
         except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+            kept = " All that was finished before is kept there." if self.path.is_file() else ""
             raise JournalError(
-                f"cannot write {self.path}: {error.strerror}; all that was finished before is kept there: make room, "
-                "then run the same again with --resume (in Python, with the same journal=)"
+                f"Expected a journal that can be written, got {self.path}: {error.strerror}.{kept} "
+                f"{'Make room' if is_full else 'Mend that'}, then run the same again with --resume (in Python, with "
+                "the same journal=)."
             ) from error
 
     def close(self) -> None:
@@ -253,8 +257,8 @@ class RunJournal:
         self._require_unchanged(status.st_size)
         if not (self.path.exists() and os.path.samestat(status, self.path.stat())):  # another run may start there
             raise JournalError(
-                f"{self.path} was moved or deleted during the run, and what is finished with it. Start again in a "
-                "directory that nothing else changes."
+                f"Expected the journal {self.path}, got none: it was moved or deleted during the run, and what is "
+                "finished with it. Start again in a directory that nothing else changes."
             )
         data = memoryview(json.dumps(entry).encode() + b"\n")
         self._size += len(data)
@@ -266,8 +270,8 @@ class RunJournal:
         """Refuse lines that this process neither read nor wrote, in case the file system has no locks."""
         if size != self._size:
             raise JournalError(
-                f"{self.path} has {size} bytes where this run left {self._size}: another run writes it; end that one, "
-                "and go on with --resume (in Python, with the same journal=), or give another output"
+                f"Expected {self._size} bytes in {self.path}, as this run left it, got {size}: another run writes it. "
+                "End that one and go on with --resume (in Python, with the same journal=), or pass another output."
             )
 
     def _read(self, file: Path) -> Iterator[tuple[str, Any]]:
@@ -275,7 +279,8 @@ class RunJournal:
             *lines, torn = (data := file.read_bytes()).split(b"\n")  # the rest after the last newline
         except OSError as error:
             raise JournalError(
-                f"cannot read the journal {file}: {error.strerror}. Pass another --output (in Python, journal=)."
+                f"Expected a journal that can be read, got {file}: {error.strerror}. Pass another --output (in "
+                "Python, journal=)."
             ) from error
         if file == self.path:
             self._size = len(data) - len(torn)
@@ -283,8 +288,9 @@ class RunJournal:
             entry = _parsed(line, ("task", "value") if number > 1 else ("schema", "configuration"))
             if entry is None:
                 raise JournalError(
-                    f"{file} is corrupt at line {number}: {short(line.decode(errors='replace'))}. Delete that line to "
-                    "go on without this measurement, or the whole file to begin anew."
+                    f"Expected a finished task in line {number} of {file}, got "
+                    f"{short(line.decode(errors='replace'))}. Delete that line to go on without this measurement, or "
+                    "the whole file to begin anew."
                 )
             if number > 1:
                 yield json.dumps(entry["task"]), entry["value"]
@@ -292,7 +298,7 @@ class RunJournal:
                 differences = list(_differences("", entry, self._header))
                 more = f"; and {len(differences) - LISTED} more" if len(differences) > LISTED else ""
                 raise JournalError(
-                    f"{file} is the journal of another run, which cannot be continued by this one: "
+                    f"Expected the journal of this run, got that of another run in {file}: "
                     f"{'; '.join(differences[:LISTED])}{more}. Pass another output, or the earlier settings."
                 )
 

@@ -156,8 +156,8 @@ class TokenScorer(Scorer):
         name = type(self.model).__name__
         if getattr(self.model.config, "is_encoder_decoder", False) or not self.model.can_generate():
             raise UnsupportedModelError(
-                f"{name} has no causal language-model loss, so it has no perplexity. "
-                "Load a decoder with AutoModelForCausalLM.from_pretrained(...)."
+                f"Expected a causal language model, got {name}, which has no perplexity. Load a decoder with "
+                "AutoModelForCausalLM.from_pretrained(...)."
             )
         self._prefill = Prefill(self.model, memory.prefill_chunk, memory.offload_cache)
         self._windows = Room("windows in a batch", sys.maxsize)
@@ -223,8 +223,9 @@ class TokenScorer(Scorer):
         other = self.model(input_ids=changed, use_cache=False).logits
         if deviation(other[:, :-1], full[:, :-1]) is not None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} is not causal: its last token changes the logits of earlier ones, so it "
-                "has no perplexity. Load a decoder with AutoModelForCausalLM.from_pretrained(...)."
+                f"Expected a causal model, got {type(self.model).__name__}, whose last token changes the logits of "
+                "earlier ones, so that it has no perplexity. Load a decoder with "
+                "AutoModelForCausalLM.from_pretrained(...)."
             )
         self._head = find_head(self.model, input_ids, full)
         self._logits = Room("rows of logits", max(1, min(LOGITS_ROWS, LOGITS_BYTES // (4 * full.shape[-1]))))
@@ -258,7 +259,8 @@ class ContextParallelScorer(TokenScorer):
     def __init__(self, model: nn.Module, memory: Memory) -> None:
         if memory.prefill_chunk is not None:
             raise InvalidParameterError(
-                "prefill_chunk and context parallelism both divide a text. Leave prefill_chunk out."
+                "Expected prefill_chunk to be left out with context parallelism, as both divide a text, got "
+                f"{memory.prefill_chunk}. Drop it."
             )
         super().__init__(model, memory)
         self._windows.gives_way = False
@@ -301,8 +303,8 @@ class ContextParallelScorer(TokenScorer):
         by = deviation(shared.to(self.model.dtype), whole.to(self.model.dtype))
         if by is not None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} gives other values (off by {by:.2g} nats) when a text is shared out by "
-                "process. Leave cp_size out, or choose a method that changes frequencies only, such as yarn."
+                f"Expected equal values when processes share a text, got those of {type(self.model).__name__} off by "
+                f"{by:.2g} nats. Leave cp_size out, or choose a method that changes frequencies only, such as yarn."
             )
 
 
@@ -335,12 +337,14 @@ def scored_model(model: nn.Module) -> Any:
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModelError(
-            "the model has a PEFT adapter of the prompt-learning kind, whose virtual tokens would be scored. "
-            "Measure a model with LoRA or merged weights, or without the adapter."
+            "Expected a model without virtual tokens, which would be scored, got one with a PEFT adapter of the "
+            "prompt-learning kind. Pass a model with LoRA or merged weights, or without the adapter."
         )
     bare = unwrap(model)
     if all(weight.is_meta for weight in bare.parameters()):
-        raise UnsupportedModelError(f"{type(bare).__name__} is on the meta device. Load its weights.")
+        raise UnsupportedModelError(
+            f"Expected a model with weights, got {type(bare).__name__} on the meta device. Load its weights."
+        )
     if not getattr(bare.config, "return_dict", True):
         raise UnsupportedModelError(
             f"Expected a model that returns named outputs, got {type(bare).__name__} with return_dict=False in its "
@@ -358,12 +362,12 @@ def require_finite(
         first = tokens[int(bad[0])] if tokens else int(bad[0]) + 1
         source = "" if culprit is None else f", from {culprit()}"
         remedy = (
-            "load another checkpoint, since this one is damaged"
+            "Load another checkpoint, since this one is damaged."
             if source.startswith(f", from {DAMAGED}")
-            else "load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor"
+            else "Load the model with dtype=torch.float32 or bfloat16, or choose a smaller factor."
         )
         raise NonFiniteError(
-            f"logits are not finite in document {document!r}, first at token {first}{source}; {remedy}"
+            f"Expected finite logits in document {document!r}, got others, first at token {first}{source}. {remedy}"
         )
 
 

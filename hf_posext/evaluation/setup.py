@@ -75,30 +75,35 @@ def check_request(
     protocol = protocol_for(config.protocol, kind, name, lengths, stride=config.stride, tail=config.tail)
     if config.bos != "auto" and protocol.name not in DECODER_PROTOCOLS:
         raise InvalidParameterError(
-            f"bos is {config.bos!r}, and protocol {protocol.name!r} puts all special tokens of the tokenizer around "
-            "each text. Leave bos out."
+            f"Expected bos to be 'auto' for protocol {protocol.name!r}, which puts all special tokens of the "
+            f"tokenizer around each text, got {config.bos!r}. Leave it out."
         )
     if config.offload_cache and config.prefill_chunk is None:
         raise InvalidParameterError(
-            "offload_cache needs a cache, and there is none without chunks. Pass prefill_chunk=2048, too."
+            "Expected prefill_chunk with offload_cache, since there is no cache without chunks, got none. Pass "
+            "prefill_chunk=2048, too."
         )
     memory = Memory(config.prefill_chunk, config.offload_cache, accelerator if shares_texts(accelerator) else None)
     for setting, count in (("passkey", config.passkey), ("retrieval", config.retrieval)):
         if count and protocol.name not in DECODER_PROTOCOLS:
             raise InvalidParameterError(
-                f"{setting} is {count}, and {name} does not continue a text as a decoder does. Pass 0."
+                f"Expected {setting} to be 0, as {name} does not continue a text as a decoder does, got {count}. Pass "
+                f"{setting}=0."
             )
         if count and memory.accelerator is not None:
             raise InvalidParameterError(
-                f"{setting} is {count}, and a model spread over processes by cp_size does not generate. "
-                "Pass 0, and ask in a run without cp_size."
+                f"Expected {setting} to be 0, as a model spread over processes by cp_size does not generate, got "
+                f"{count}. Pass {setting}=0, and ask in a run without cp_size."
             )
     for setting, values in (("tasks", config.tasks), ("depths", config.depths)):
         if values is not None and not config.retrieval:
-            raise InvalidParameterError(f"{setting} is {list(values)}, and retrieval is 0. Pass retrieval=4, too.")
+            raise InvalidParameterError(
+                f"Expected retrieval to be 1 or more with {setting}={list(values)}, got 0. Pass retrieval=4, too."
+            )
     if config.chat and not (config.passkey or config.retrieval):
         raise InvalidParameterError(
-            "chat is True, and nothing is asked. Pass passkey=4 or retrieval=4 too, or leave chat out."
+            "Expected passkey or retrieval with chat, got neither. Pass passkey=4 or retrieval=4 too, or leave chat "
+            "out."
         )
     rules: dict[str, Any] = {name: getattr(config, name) for name in ("passkey", "seed", "bos", "chat")}
     questions = Questions(**rules)
@@ -141,8 +146,8 @@ def plan_comparison(request: Request, methods: Sequence[str | Method]) -> tuple[
     for label, times in labels:
         if labels.count((label, times)) > 1:
             raise InvalidParameterError(
-                f"{label!r} at factor {times} is among the methods more than once, and label and factor tell rows "
-                "apart. Pass it once."
+                f"Expected each method once, as label and factor tell rows apart, got {label!r} at factor {times} "
+                "more than once. Pass it once."
             )
     _require_one(scheme, plans, refusals)
     for plan in plans:
@@ -157,8 +162,8 @@ def check_reads(request: Request, plan: ExtensionPlan | None) -> None:
     obstacle = prefill_obstacle(request.scheme, plan)
     if chunk is not None and chunk < longest and obstacle is not None:
         raise InvalidParameterError(
-            f"prefill_chunk is {chunk} for texts of {longest} tokens, but {obstacle}, so that chunks would give other "
-            "values. Leave prefill_chunk out, or that method."
+            f"Expected prefill_chunk to be left out, since {obstacle} and chunks would give other values, got {chunk} "
+            f"for texts of {longest} tokens. Drop it, or that method."
         )
 
 
@@ -188,9 +193,9 @@ def _require_one(scheme: PositionalScheme, plans: Sequence[ExtensionPlan], refus
         return
     reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason(refusals).items())
     usable = [info.name for info in list_methods(scheme.kind)]
-    rest = f"nothing but {plans[0].method}" if plans else "nothing"
-    applies = "" if scheme.obstacle else f"; for {scheme.kind} positions there are: {', '.join(usable)}"
-    raise MethodNotApplicableError(f"of the methods given {rest} applies: {reasons}{applies}")
+    rest = f"only {plans[0].method}" if plans else "none"
+    advice = "another model" if scheme.obstacle else f"methods for {scheme.kind} positions: {', '.join(usable)}"
+    raise MethodNotApplicableError(f"Expected methods that apply, got {rest}: {reasons}. Pass {advice}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +229,8 @@ def prepare(request: Request, model: nn.Module, tokenizer: Any, documents: Any) 
     tokenized = tokenize_documents(texts, tokenizer, lengths[-1], config.start, config.bos)
     if request.protocol.name in DECODER_PROTOCOLS and lengths[0] <= tokenized.bos:
         raise InvalidParameterError(
-            f"one length is {lengths[0]}, and {tokenized.bos} special tokens stand before each text. Pass lengths "
-            f"above {tokenized.bos}."
+            f"Expected lengths to be above {tokenized.bos}, the special tokens before each text, got {lengths[0]}. "
+            "Pass longer ones."
         )
     check_vocabulary(scorer.model, tokenized.tokens)
     arranged = protocol.arrange(tokenized)

@@ -292,7 +292,7 @@ class Assembly:
         failed = {run: next(iter(reasons.values())) for run, (records, reasons) in measured.items() if not records}
         if self.control in failed or all(run in failed for run in self.methods):
             reasons = "; ".join(f"{run.name}: {reason}" for run, reason in failed.items())
-            raise EvaluationError(f"every document failed: {reasons}. {REMEDY}")
+            raise EvaluationError(f"Expected documents that can be measured, got failures of all: {reasons}. {REMEDY}")
         left_out: dict[str, str] = {}
         for run, (_, reasons_of) in measured.items():
             for id, reason in reasons_of.items() if run not in failed else ():
@@ -300,7 +300,7 @@ class Assembly:
         common = [id for id in self.methods[0].documents if id not in left_out]
         if not common:
             reasons = "; ".join(f"{id} ({reason})" for id, reason in left_out.items())
-            raise EvaluationError(f"no document is left that all could measure: {reasons}. {REMEDY}")
+            raise EvaluationError(f"Expected a document that all methods can measure, got none: {reasons}. {REMEDY}")
 
         records = {
             run: [record for id in common for record in by_id[id]]

@@ -190,10 +190,10 @@ def check_lengths(lengths: Sequence[int]) -> list[int]:
     check_type("lengths", lengths, Sequence[int])
     if not lengths or min(lengths) < 2:
         raise InvalidParameterError(
-            f"lengths is {list(lengths)}. Pass whole numbers of tokens, 2 or more, as in lengths=[512, 1024]."
+            f"Expected lengths to be whole numbers of 2 or more, got {list(lengths)}. Pass lengths=[512, 1024]."
         )
     if len(set(lengths)) != len(lengths):
-        raise InvalidParameterError(f"lengths {list(lengths)} has one twice. Pass each once.")
+        raise InvalidParameterError(f"Expected lengths to be different, got {list(lengths)}. Pass each once.")
     return sorted(lengths)
 
 
@@ -216,7 +216,8 @@ def special_prefix(tokenizer: Any, bos: Bos = "auto") -> list[int]:
         return added
     if tokenizer.bos_token_id is None:
         raise InvalidParameterError(
-            "bos is 'always', and the tokenizer has no BOS token. Set tokenizer.bos_token, or pass bos='auto'."
+            f"Expected a tokenizer with a BOS token for bos='always', got {type(tokenizer).__name__} without one. Set "
+            "tokenizer.bos_token, or pass bos='auto'."
         )
     return [tokenizer.bos_token_id, *added]
 
@@ -232,8 +233,8 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     begin = next((index for index in range(len(whole)) if whole[index : index + len(plain)] == plain), None)
     if begin is None:
         raise InvalidParameterError(
-            f"{type(tokenizer).__name__} tokenizes a text differently with special tokens around it; expected "
-            f"{plain} within {whole}"
+            f"Expected the tokens {plain} within those with special tokens around them, got {whole} from "
+            f"{type(tokenizer).__name__}. Pass another tokenizer."
         )
     return whole[:begin], whole[begin + len(plain) :]
 
@@ -257,7 +258,7 @@ def check_vocabulary(
     model: Any,
     rows: Iterable[torch.Tensor],
     name: str = "the model",
-    remedy: str = "load both from the same checkpoint",
+    remedy: str = "Load both from the same checkpoint",
 ) -> None:
     """Check that every token is in a model's vocabulary. If not, the tokenizer is of another model.
 
@@ -266,7 +267,9 @@ def check_vocabulary(
     """
     largest, vocabulary = max(int(row.max()) for row in rows), model.get_input_embeddings().num_embeddings
     if largest >= vocabulary:
-        raise InvalidParameterError(f"the tokenizer gave token {largest}, and {name} has {vocabulary}; {remedy}")
+        raise InvalidParameterError(
+            f"Expected tokens below {vocabulary}, the vocabulary of {name}, got {largest}. {remedy}."
+        )
 
 
 def tokenize_documents(
@@ -284,9 +287,11 @@ def tokenize_documents(
     check_type("length", length, int)
     check_type("start", start, int)
     if start < 0:
-        raise InvalidParameterError(f"start is {start}. Pass the number of tokens to leave out, 0 or more.")
+        raise InvalidParameterError(
+            f"Expected start to be 0 or more, got {start}. Pass the number of tokens to leave out."
+        )
     if not documents:
-        raise DocumentError("there are no documents. Pass one or more, as load_documents(...) reads them.")
+        raise DocumentError("Expected documents, got none. Pass one or more, as load_documents(...) reads them.")
     require_vocabulary(tokenizer)
     prefix = np.array(special_prefix(tokenizer, bos), dtype=np.int64)
     ids, rows, byte_ends, counts = [], [], [], []
@@ -306,11 +311,10 @@ def tokenize_documents(
             byte_ends.append(np.concatenate([np.full(len(prefix), begins), encoded.ends[part]]))
     if not rows:
         longest = max(entry["tokens"] for entry in left_out)
-        which = f"all {len(documents)} documents are" if len(documents) > 1 else "the only document is"
         shorter = f"lengths up to {longest - start}, or longer" if longest - start > 1 else "longer"
         raise DocumentError(
-            f"{which} too short: the longest has {longest} tokens, and start + length is "
-            f"{start} + {length}. Pass {shorter} documents."
+            f"Expected documents of start + length tokens, {start} + {length}, got {len(documents)} of at most "
+            f"{longest}. Pass {shorter} documents."
         )
     if left_out:
         logger.warning(
@@ -369,8 +373,9 @@ def read_by(
     for each in (tokenizer, evaluator_tokenizer):
         if not each.is_fast:
             raise InvalidParameterError(
-                f"{type(each).__name__} gives no character offsets, so key tokens cannot be carried between it and "
-                "another tokenizer. Use a fast tokenizer, or an evaluator with the same tokenizer."
+                f"Expected a tokenizer with character offsets, got {type(each).__name__}, so that key tokens cannot "
+                "be carried between it and another one. Pass a fast tokenizer, or an evaluator with the same "
+                "tokenizer."
             )
     text_of = {document.id: document.text for document in texts}
     first, prefix = rows.bos, special_prefix(evaluator_tokenizer)

@@ -138,7 +138,8 @@ def check_stride(window: int, stride: int, bos: int = 1) -> None:
     longest = window - first_scored(bos)
     if not 1 <= stride <= longest:
         raise InvalidParameterError(
-            f"stride is {stride} for windows of {window} tokens. Pass 1 to {longest} (a longer one skips tokens)."
+            f"Expected stride to be 1 to {longest} for windows of {window} tokens (a longer one skips tokens), got "
+            f"{stride}. Pass stride={longest}."
         )
 
 
@@ -324,8 +325,8 @@ class Tail(Prefix):
     def check(self, lengths: list[int]) -> None:
         if not 1 <= self.tokens <= lengths[0] - 1:
             raise InvalidParameterError(
-                f"tail is {self.tokens} for texts of {lengths[0]} tokens, the first of which is not scored. Pass 1 to "
-                f"{lengths[0] - 1}."
+                f"Expected tail to be 1 to {lengths[0] - 1} for texts of {lengths[0]} tokens, the first of which is "
+                f"not scored, got {self.tokens}. Pass tail={lengths[0] - 1}."
             )
 
     def first(self, length: int, bos: int) -> int:
@@ -431,9 +432,9 @@ def require_agreement(fresh: np.ndarray, nll: np.ndarray, lengths: list[int], dt
     allowed = max(1e-4, 4 * torch.finfo(dtype).eps)
     if deviation > allowed:
         raise EvaluationError(
-            f"one forward over {lengths[-1]} tokens and a fresh one over {lengths[0]} disagree by {deviation:.2g} "
-            f"nats a token (allowed {allowed:.2g}): the positions of this model depend on the length of its input, "
-            "and neither its config nor its plan says so. Measure one length at a time."
+            f"Expected a forward over {lengths[-1]} tokens to agree with a fresh one over {lengths[0]}, got a "
+            f"difference of {deviation:.2g} nats a token (allowed {allowed:.2g}): the positions of this model depend "
+            "on the length of its input, and neither its config nor its plan says so. Measure one length at a time."
         )
 
 
@@ -485,8 +486,8 @@ class LegacyLongLoRA(Strided):
         stream = documents.tokens[:, documents.bos :].flatten()
         if len(stream) - documents.length <= self.stride:
             raise InvalidParameterError(
-                f"the documents are a stream of {len(stream)} tokens, and {self.name} drops the last window "
-                f"of {documents.length}, which leaves none. Pass {documents.length + self.stride + 1} tokens or more."
+                f"Expected a stream of {documents.length + self.stride + 1} tokens or more, as {self.name} drops the "
+                f"last window of {documents.length}, got {len(stream)}. Pass longer documents, or more of them."
             )
         count = len(documents.ids)
         return TokenizedDocuments([f"stream of {count}"], stream[None], 0, [len(stream)], documents.left_out)

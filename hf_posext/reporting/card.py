@@ -44,12 +44,15 @@ def before_after(before: Results, after: Results) -> Results:
     methods = list(dict.fromkeys(row["method"] for row in after.rows))
     if len(methods) != 1:
         raise InvalidParameterError(
-            f"results of the model after are of {', '.join(methods) or 'no method'}. Measure it alone: "
-            "evaluate_perplexity(model, ...)."
+            f"Expected after to be results of one model alone, got those of {', '.join(methods) or 'no method'}. Pass "
+            "what evaluate_perplexity(model, ...) returns."
         )
     apart = differences([before, after])
     if apart:
-        raise InvalidParameterError(f"before and after cannot be compared. {apart[0]} Measure both in the same way")
+        raise InvalidParameterError(
+            f"Expected before and after to be measured in the same way, got differences. {apart[0]} Measure both in "
+            "the same way."
+        )
     records = [DocumentRecord(record, method=THIS_MODEL) for record in after.per_document]
     control, unpatched = (
         [record for record in before.per_document if record.method == name] for name in (CONTROL, "none")
@@ -58,7 +61,8 @@ def before_after(before: Results, after: Results) -> Results:
     for name, known in ((CONTROL, control), ("none", unpatched)):
         if known and not lengths <= {record["length"] for record in known}:
             raise InvalidParameterError(
-                f"{name} was not measured at every length of the model after. Measure it there."
+                f"Expected {name} at every length of the model after, got "
+                f"{sorted({record['length'] for record in known})}. Measure it at {sorted(lengths)}."
             )
     row = after.rows[0]
     joined = row["documents"] // sum(record["length"] == row["length"] for record in records)

@@ -339,7 +339,8 @@ def plot_heatmaps(
     cells = [(row["task"], row["length"], row["depth"]) for row in rows]
     if not rows or len(set(cells)) < len(cells):
         raise InvalidParameterError(
-            f"{len(rows)} rows show {len(set(cells))} cells. Pass the rows of one retrieval, of one method at a time."
+            f"Expected one row for each cell, got {len(rows)} for {len(set(cells))} cells. Pass the rows of one "
+            "retrieval, of one method at a time."
         )
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = max(1, min(COLUMNS, len(tasks), CELLS // len({row["length"] for row in rows})))

@@ -166,7 +166,7 @@ def merge_runs(runs: Mapping[str, Results]) -> list[Results]:
     groups: list[dict[str, Results]] = []
     for name, run in runs.items():
         if not run.rows:
-            raise InvalidParameterError(f"{name} has no rows. Measure again, or leave it out.")
+            raise InvalidParameterError(f"Expected rows in {name}, got none. Measure again, or leave it out.")
         alike = (
             group for group in groups if not any(_differ([run, *group.values()], key) for key in (*SAME_RUN, *ASKED))
         )
@@ -244,7 +244,7 @@ def _join(group: Mapping[str, Results]) -> Results:
             origin, known = origins.setdefault(tuple(row[key] for key in ROW), (name, row))
             if not _agree(row, known):
                 raise InvalidParameterError(
-                    f"{origin} and {name} contradict each other: {row_name(row)} at {row['length']} tokens has "
+                    f"Expected {origin} and {name} to agree on {row_name(row)} at {row['length']} tokens, got "
                     f"perplexity {known['perplexity']} and {row['perplexity']}. Leave one of them out."
                 )
     runs = list(group.values())

@@ -283,8 +283,9 @@ def _waves(panel: Axes, signal: Signal, trained: int) -> list[int]:
     rows = signal.values[:, signal.at < trained]
     if rows.shape[1] < 2 * (SLOWEST + 1):
         raise InvalidParameterError(
-            f"a picture up to token {signal.at[-1]} shows no wave of the {trained} tokens of training, which are "
-            f"{rows.shape[1]} of its {len(signal.at)} columns. Pass a shorter target_length, as {32 * trained}."
+            f"Expected a picture that shows a wave of the {trained} tokens of training, got one up to token "
+            f"{signal.at[-1]}, in which they are {rows.shape[1]} of {len(signal.at)} columns. Pass "
+            f"target_length={32 * trained}."
         )
     steps = np.vander(np.linspace(-1, 1, rows.shape[1]), 3)
     rows = rows - (steps @ np.linalg.lstsq(steps, rows.T, rcond=None)[0]).T  # subtract the quadratic trend

@@ -21,8 +21,8 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
     [
         ({"methods": "none,yran"}, "unknown method 'yran'; did you mean 'yarn'?"),
         ({"methods": ","}, "got --methods ,. Pass at least one"),
-        ({"methods": "yarn,yarn"}, "more than once, and label and factor tell rows apart. Pass it once"),
-        ({"methods": "yarn(beta_fast=16),yarn( beta_fast = 16 )"}, "'yarn(beta_fast=16)' at factor 2 is among"),
+        ({"methods": "yarn,yarn"}, "more than once. Pass it once"),
+        ({"methods": "yarn(beta_fast=16),yarn( beta_fast = 16 )"}, "'yarn(beta_fast=16)' at factor 2 more than once"),
         ({"methods": "rerope(windw=32)"}, "rerope has no parameter 'windw'; did you mean 'window'?"),
         ({"methods": "rerope(window=32"}, "cannot read the parameters of 'rerope(window=32'"),
         ({"methods": "rerope(window=640)"}, "Expected a rerope window of 1 to 64 (the trained length), got 640"),
@@ -38,22 +38,22 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
             "Expected --trained-length to be a whole number from 2 to 16,777,216, got '999999999999999'",
         ),
         ({"target_length": 100}, "factor 2 means 128 tokens, and --target-length is 100. Pass one of the two"),
-        ({"methods": "none,none"}, "is among the methods more than once"),
+        ({"methods": "none,none"}, "at factor 2 more than once"),
         ({"model": LEARNED, "methods": "table-linear", "factor": "2e5"}, "bytes; at most 2147483648 are made"),
         ({"factor": 0.5}, "below the trained length of 64"),
         ({"factor": None, "target_length": 32}, "below the trained length of 64"),
         (
             {"model": EXAMPLES / "tiny" / "tiny-alibi"},
-            "of the methods given nothing but none applies: linear, yarn: extends rotary positions; bloom has alibi; "
-            "for alibi positions there are: alibi-linear",
+            "Expected methods that apply, got only none: linear, yarn: extends rotary positions; bloom has alibi. "
+            "Pass methods for alibi positions: alibi-linear",
         ),
         ({"model": "./no/such/model"}, "got ./no/such/model: no such folder."),
         (
             {"model": EXAMPLES / "data"},
             ". Pass a folder with a model and its tokenizer, or a Hub id such as org/name.",
         ),
-        ({"dataset": "no/such.jsonl"}, "no such path: no/such.jsonl"),
-        ({"text_column": "body"}, "no column 'body'; it has id, source, text"),
+        ({"dataset": "no/such.jsonl"}, "got no/such.jsonl: no such path"),
+        ({"text_column": "body"}, "--text-column to be one of id, source, text"),
         ({"documents": 0}, "Expected --documents to be a whole number of 1 or more, got '0'. Pass --documents 8."),
         ({"longppl": ""}, "Expected text for --longppl, got an empty one"),
         ({"protocol": ""}, "Expected text for --protocol, got an empty one"),
@@ -61,11 +61,11 @@ from .helpers import LEARNED, MODEL, compare, error_of, run
         ({"lengths": "64,128k"}, "separated by commas, got --lengths 64,128k."),
         ({"lengths": "1"}, "2 or more"),
         ({"lengths": "64,10000000"}, "10000000"),
-        ({"protocol": "prefixx"}, "protocol is 'prefixx'. Choose one of prefix, sliding"),
-        ({"stride": 8}, "--stride is 8, and protocol 'prefix' has none"),
-        ({"alpha": 3}, "--alpha is 3.0, and there is no LongPPL. Pass --longppl, too"),
-        ({"protocol": "sliding"}, "protocol 'sliding' requires stride. Pass --stride 128, in tokens"),
-        ({"tasks": "passkey"}, "--tasks is ['passkey'], and retrieval is 0. Pass --retrieval 4, too"),
+        ({"protocol": "prefixx"}, "Expected --protocol to be one of prefix, sliding"),
+        ({"stride": 8}, "Expected --stride to be left out for protocol 'prefix', got 8"),
+        ({"alpha": 3}, "Expected --longppl with --alpha 3.0, got none. Pass --longppl, too"),
+        ({"protocol": "sliding"}, "Expected stride for protocol 'sliding', got none. Pass --stride 128, in tokens"),
+        ({"tasks": "passkey"}, "--retrieval to be 1 or more with --tasks passkey, got 0. Pass --retrieval 4, too"),
         ({"prefill_chunk": 0}, "Expected --prefill-chunk to be a whole number of 1 or more, got '0'"),
         ({"protocol": "sliding", "stride": 64}, "stride"),
         ({"passkey": -1}, "Expected --passkey to be a whole number from 0 to 10,000, got '-1'"),
@@ -147,11 +147,15 @@ def test_wrong_config_files_are_refused(text: str, message: str, tmp_path: Path)
     ("name", "text", "message"),
     [
         ("empty.jsonl", "", "empty.jsonl"),
-        ("number.jsonl", '{"text": 3}\n', "not text"),
-        ("torn.jsonl", '{"text": "a b', "cannot read"),
-        ("short.jsonl", '{"text": "Call me Ishmael."}\n', "is 0 + 128. Pass lengths up to 8, or longer documents."),
-        ("empty.txt", "", "the longest has 0 tokens, and start + length is 0 + 128. Pass longer documents."),
-        ("notes.docx", "text", "ends in '.docx'"),
+        ("number.jsonl", '{"text": 3}\n', "Expected text in document '0'"),
+        ("torn.jsonl", '{"text": "a b', "Expected JSON in line 1"),
+        (
+            "short.jsonl",
+            '{"text": "Call me Ishmael."}\n',
+            "got 1 of at most 8. Pass lengths up to 8, or longer documents.",
+        ),
+        ("empty.txt", "", "0 + 128, got 1 of at most 0. Pass longer documents."),
+        ("notes.docx", "text", "notes.docx. Pass such a file"),
     ],
 )
 def test_data_that_cannot_be_measured_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -173,20 +177,20 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_an_encoder_is_refused_with_what_it_has(tmp_path: Path) -> None:
     transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
-    assert "nothing applies: yarn: extends rotary positions; bert has learned" in error_of(
+    assert "Expected methods that apply, got none: yarn: extends rotary positions; bert has learned" in error_of(
         compare(tmp_path / "out", model=tmp_path, methods="yarn")
     )
 
 
 def test_an_output_with_files_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("precious")
-    assert "holds files already" in error_of(compare(tmp_path))
+    assert "with files" in error_of(compare(tmp_path))
     assert (tmp_path / "results.json").read_text() == "precious"
 
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot write to" in error_of(compare(tmp_path / "file" / "out"))
+    assert "that can be written, got" in error_of(compare(tmp_path / "file" / "out"))
 
 
 def test_an_output_without_write_permission_is_refused_before_any_work(
@@ -198,7 +202,7 @@ def test_an_output_without_write_permission_is_refused_before_any_work(
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     # The model does not exist either: the output is looked at first.
     message = error_of(compare(tmp_path / "out", model="./no/such/model"))
-    assert "cannot write to" in message and "Permission denied" in message
+    assert "that can be written, got" in message and "Permission denied" in message
 
 
 @pytest.mark.parametrize("words", [["inspect", ""], ["recommend", MODEL, "--output="], ["report", ""], ["env", ""]])

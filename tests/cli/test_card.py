@@ -67,7 +67,7 @@ def test_an_adapter_goes_to_the_hub_with_its_card(
 
 
 def test_wrong_input_is_one_line(output: Path, figures: list[str], patched: Path) -> None:
-    assert "holds no adapter and no model that was saved with a patch" in error_of(run("card", MODEL, *figures))
+    assert "to contain an adapter or a model saved with a patch" in error_of(run("card", MODEL, *figures))
     assert f"hf upload me/x {patched}" in error_of(run("card", patched, *figures, "--push", "me/x"))
     figures_without_file = [*figures[:3], str(output / "none.json")]
-    assert "cannot read results at" in error_of(run("card", output, *figures_without_file))
+    assert "Expected results at" in error_of(run("card", output, *figures_without_file))

@@ -158,7 +158,7 @@ def test_ctrl_c_keeps_what_is_finished_and_restores_the_model(tmp_path: Path, mo
     models = break_at(monkeypatch, "yarn", KeyboardInterrupt())
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    message = f"interrupted; finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
+    message = f"Interrupted. Finished and kept in {tmp_path / 'out'}: none, linear. Pass --resume to go on."
     assert result.stderr.splitlines()[-1] == message
     results = Results.load_json(tmp_path / "out" / "results.json")
     assert [row["method"] for row in results.rows] == ["none", "none", "linear", "linear"]
@@ -172,7 +172,7 @@ def test_ctrl_c_before_a_method_is_finished_keeps_the_part_that_is(
     break_at(monkeypatch, "none", KeyboardInterrupt())
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    message = f"interrupted; a part is kept in {tmp_path / 'out'}; go on with --resume"
+    message = f"Interrupted. A part is kept in {tmp_path / 'out'}. Pass --resume to go on."
     assert result.stderr.splitlines()[-1] == message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
 
@@ -184,15 +184,15 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(tmp_path: Path, monke
     monkeypatch.setattr(Prefix, "measure", interrupt)
     result = compare(tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "interrupted; nothing was finished, nothing was written"
+    assert result.stderr.splitlines()[-1] == "Interrupted. Nothing was finished or written."
     assert not (tmp_path / "out").exists()
 
 
 def test_an_error_on_the_way_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_at(monkeypatch, "yarn", EvaluationError("two ways disagree"))
     message = error_of(compare(tmp_path / "out"))
-    advice = f"finished and kept in {tmp_path / 'out'}: none, linear; go on with --resume"
-    assert message == f"error: two ways disagree; {advice}"
+    advice = f"Finished and kept in {tmp_path / 'out'}: none, linear. Pass --resume to go on."
+    assert message == f"error: two ways disagree. {advice}"
     assert len(Results.load_json(tmp_path / "out" / "results.json").rows) == 4
 
 
@@ -226,11 +226,11 @@ def test_a_run_goes_on_from_its_journal_and_ends_with_the_same_rows(
         assert compare(output, passkey=2).exit_code == 130
     refused = error_of(compare(output, passkey=2))
     assert refused == (
-        f"error: output {output} holds the journal of a run. Pass the same settings and --resume to resume it, or "
-        "another --output."
+        f"error: Expected no journal of another run, got one in {output}. Pass --resume to go on with it, or another "
+        "--output."
     )
     message = error_of(compare(output, "--resume", passkey=2, seed=1))
-    assert "journal.jsonl is the journal of another run" in message and "seed is 0 there and 1 here" in message
+    assert "got that of another run in" in message and "seed is 0 there and 1 here" in message
     models = break_at(monkeypatch, "no method", KeyboardInterrupt())
     result = compare(output, "--resume", passkey=2)
     assert result.exit_code == 0, result.output
@@ -248,7 +248,7 @@ def test_resume_begins_a_run_that_was_never_begun(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("precious")
     message = error_of(compare(tmp_path / "other", "--resume", methods="none", documents=1))
-    assert "holds files already, and no journal to go on with. Pass another --output" in message
+    assert "with files and no journal to go on with. Pass another --output" in message
 
 
 def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch:
     def fail_or_read(self: Prefix, scorer: Any, documents: Any, index: int, *lengths: Any) -> Any:
         patch = find_patch(scorer.model)
         if index == 1 and patch is not None and patch.plan.method == "linear":
-            raise NonFiniteError(f"logits are not finite in document {documents.ids[1]!r}")
+            raise NonFiniteError(f"Expected finite logits in document {documents.ids[1]!r}")
         return read(self, scorer, documents, index, *lengths)
 
     monkeypatch.setattr(Prefix, "measure", fail_or_read)
@@ -267,7 +267,7 @@ def test_a_document_that_fails_is_left_out_and_told(tmp_path: Path, monkeypatch:
     assert {row["documents"] for row in results.rows} == {2} and len(results.rows) == 6
     (entry,) = results.provenance["left_out"]
     name = entry["document"]
-    assert entry["reason"] == f"linear x2: logits are not finite in document {name!r}" and entry["tokens"] > 128
+    assert entry["reason"] == f"linear x2: Expected finite logits in document {name!r}" and entry["tokens"] > 128
     assert name not in {record["document"] for record in results.per_document}
-    reason = f"Left out: document {name} (linear x2: logits are not finite in document {name!r})."
+    reason = f"Left out: document {name} (linear x2: Expected finite logits in document {name!r})."
     assert reason in " ".join(result.stdout.split()) and reason in (tmp_path / "out" / "README.md").read_text()

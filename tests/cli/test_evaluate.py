@@ -82,7 +82,7 @@ def test_a_label_names_the_rows_and_settings_come_from_a_file(tmp_path: Path) ->
     command = results.provenance["command"]
     assert "--tail 16" in command and "--prefill-chunk 48" in command and "offload" not in command
     config.write_text("prefill-chunk: 48\noffload-cache: true\n")
-    assert "--offload-cache moves the cache of a CUDA device" in error_of(evaluate(tmp_path / "x", "--config", config))
+    assert "Expected a CUDA device for --offload-cache" in error_of(evaluate(tmp_path / "x", "--config", config))
     config.write_text("offload-cache: 1\n")
     assert "--offload-cache in" in error_of(evaluate(tmp_path / "x", "--config", config))
     config.write_text("resume: true\n")

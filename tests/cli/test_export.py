@@ -38,7 +38,7 @@ def test_plain_model_with_a_method(tmp_path: Path) -> None:
     assert config["dtype"] == "bfloat16"  # as the weights are
     assert AutoTokenizer.from_pretrained(out).model_max_length >= 2048
     assert (out / "SERVING.md").is_file()
-    assert "holds files already" in error_of(run(*words))
+    assert "with files" in error_of(run(*words))
 
 
 def test_adapter_is_merged(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_settings_come_from_a_file_too_and_a_run_that_has_ended_is_not_made_agai
         ({"dtype": "bfloat16"}, (), "LlamaForCausalLM is bfloat16. Pass --bf16"),
         ({"patience": 2}, (), "--patience requires --evaluate. Pass both or neither."),
         ({"passkey": 2}, (), "--passkey requires --evaluate. Pass both or neither."),
-        ({"dataset": "no/such.jsonl"}, (), "no such path: no/such.jsonl"),
+        ({"dataset": "no/such.jsonl"}, (), "got no/such.jsonl: no such path"),
         ({"lengths": "64,x"}, (), "separated by commas, got --lengths 64,x"),
         ({"model": EXAMPLES / "tiny" / "tiny-alibi"}, (), "yarn extends rotary positions; bloom has alibi"),
         ({}, ("--load-in-4bit",), "Expected bitsandbytes for 4-bit weights, which is not installed"),

@@ -88,12 +88,12 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
         ({"depths": "0,half"}, "got --depths 0,half. Pass --depths 0,0.5,1"),
         ({"tasks": "poetry"}, "Expected --tasks to be some of passkey, multi-key"),
         ({"tasks": "passkey,multi-key"}, "for a prompt of the task 'multi-key', got"),
-        ({"longppl": "ntk"}, "longppl is 'ntk', which none of the methods are: none, linear x2, yarn x2"),
+        ({"longppl": "ntk"}, "one method (none, linear x2, yarn x2), got 'ntk', which none of them have"),
         ({"longppl": "./no/such"}, "got ./no/such: no such folder"),
-        ({"longppl": None}, "beta is -3.0, and there is no LongPPL"),
-        ({"beta": 3}, "alpha is 2.0 and beta 3.0, in nats. Pass numbers, beta below 0"),
-        ({"short_length": 126}, "--short-length is 126 and stride 31, and rows have up to 128 tokens"),
-        ({"retrieval": None}, "tasks is ['passkey'], and retrieval is 0"),
+        ({"longppl": None}, "Expected --longppl with --beta -3.0, got none"),
+        ({"beta": 3}, "finite and beta below 0, in nats, got 2.0 and 3.0"),
+        ({"short_length": 126}, "their sum below 128 tokens, got 126 and 31"),
+        ({"retrieval": None}, "with --tasks passkey, got 0"),
     ],
 )
 def test_bad_input_is_one_line(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

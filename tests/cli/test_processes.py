@@ -73,7 +73,7 @@ def test_without_a_launcher_the_device_is_as_asked(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     assert join_processes(None) == ("cpu", None) and join_processes("cuda:1") == ("cuda:1", None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidParameterError, match="device is 'cuda:1', and the launcher gives each process its own"):
+    with pytest.raises(InvalidParameterError, match="which gives each process its own, got 'cuda:1'"):
         join_processes("cuda:1")
 
 

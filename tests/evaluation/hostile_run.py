@@ -4,8 +4,8 @@
 
 Each run is two processes of the command, forked from this one so that imports are paid once. Every attack must end in
 the bits of an undisturbed run, or in one line and exit code 2. Prints a line for each, and exits with 1 if one did
-neither. The attack on a small disk mounts a tmpfs, which needs root. Takes 25 minutes; `test_hostile_run.py` has what
-takes one.
+neither. The attack on a small disk mounts a tmpfs, which needs root. Takes a quarter of an hour; `test_hostile_run.py`
+has what takes a minute.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def second_writers(attack: Attack) -> None:
                 time.sleep(0.001)
             second = Run(output, *words, processes=1)
             codes = second.wait()
-            late = codes == [0] or "another run, which cannot" in second.text() or "holds" in second.text()
+            late = codes == [0] or "Expected the journal of this run" in second.text() or "holds" in second.text()
             attack.judge(
                 f"second writer {words} at {lines} lines{' (late)' if late else ''}", second, codes, resume=False
             )

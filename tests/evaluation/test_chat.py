@@ -83,8 +83,8 @@ def test_a_chat_asks_the_same_in_other_words_around_it(task: str | None) -> None
 def test_a_tokenizer_without_a_usable_template_is_refused() -> None:
     for template, message in (
         (None, "Expected a tokenizer with a chat template for chat=True"),
-        ("{{ raise_exception('no users here') }}", "does not render one message of a user: no users here"),
-        ("{{ messages[0].content.nothing() }}", "does not render"),
+        ("{{ raise_exception('no users here') }}", "to render one message of a user, got no users here"),
+        ("{{ messages[0].content.nothing() }}", "to render one message"),
         ("{{ bos_token }}", "to contain the message of the user once, got it 0 times"),
         ("{{ messages[0].content * 2 }}", "got it 2 times"),
     ):
@@ -117,7 +117,7 @@ def test_a_comparison_in_a_chat_template_says_so(tmp_path: Path) -> None:
 
 def test_what_the_command_refuses(tmp_path: Path) -> None:
     message = error_of(run_command(tmp_path / "out", "--chat"))
-    assert "--chat is True, and nothing is asked. Pass --passkey 4 or --retrieval 4 too" in message
+    assert "Expected passkey or retrieval with chat, got neither. Pass --passkey 4 or --retrieval 4 too" in message
     message = error_of(run_command(tmp_path / "out", "--chat", passkey=1))
     assert "with a chat template for --chat, got" in message and "leave chat out" in message
     assert not (tmp_path / "out").exists()

@@ -35,5 +35,5 @@ def test_who_shares_texts() -> None:
 def test_chunks_and_shares_exclude_each_other() -> None:
     model = tiny_llama()
     assert type(token_scorer(model, Memory())) is TokenScorer
-    with pytest.raises(InvalidParameterError, match="Leave prefill_chunk out"):
+    with pytest.raises(InvalidParameterError, match="prefill_chunk to be left out"):
         token_scorer(model, Memory(prefill_chunk=64, accelerator=stand_in(2, 2)))

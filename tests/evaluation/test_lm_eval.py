@@ -6,8 +6,10 @@ Marked, and not part of `make test`: lm-eval brings some forty packages, 200 MB,
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,13 +17,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_posext import patch_model
+from hf_posext import find_patch, patch_model
 from hf_posext.evaluation.scorer import TokenScorer
 
 from ..conftest import EXAMPLES, TRAINED, tiny_llama
+from ..helpers import ROOT
 from .helpers import BOS, character_tokenizer, random_texts
 
 pytestmark = pytest.mark.lm_eval
+
+DOCS = ROOT / "docs" / "lm_eval.md"
 
 WINDOW = 4 * TRAINED
 TEXTS = [*random_texts(2, 3 * WINDOW + 40), "Short."]
@@ -117,3 +122,76 @@ def test_the_task_of_the_example_reads_the_novels() -> None:
 
     manager = TaskManager(include_path=str(EXAMPLES / "lm_eval_tasks"), include_defaults=False)
     assert manager.all_tasks == ["heldout_novels"]
+
+
+RULER = (
+    "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multiquery "
+    "niah_multivalue ruler_fwe ruler_qa_squad ruler_qa_hotpot"
+).split()
+"""Tasks of the group but `ruler_vt` and `ruler_cwe`, which take minutes to write 500 prompts of 512 tokens."""
+
+
+@pytest.fixture
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of this test in place of those that RULER's tasks download: essays, questions, a splitter of sentences."""
+    import nltk
+    import requests
+
+    facts = [f"Fact {index}." for index in range(600)]
+    asked = [{"question": "Which fact?", "answers": [{"text": fact}], "is_impossible": False} for fact in facts]
+    pairs = list(zip(facts, asked, strict=True))
+    squad = {"data": [{"paragraphs": [{"context": fact, "qas": [entry]}]} for fact, entry in pairs]}
+    hotpot = [{"question": "Which fact?", "answer": fact, "context": [[fact, [fact]]]} for fact in facts]
+
+    def get(url: str, **_: Any) -> Any:
+        content = hotpot if "hotpot" in url else squad
+        return SimpleNamespace(raise_for_status=lambda: None, json=lambda: content)
+
+    load = datasets.load_dataset
+    essays = {"text": [f"Essay {index} says this. It goes on for long." for index in range(400)]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kw: essays if "essays" in path else load(path, **kw))
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(nltk, "sent_tokenize", lambda text: text.split(". "))
+
+
+@pytest.mark.usefixtures("without_network")
+def test_tasks_of_ruler_by_the_documented_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task asks the model as it is and then under the patch, in whole prompts of the requested length."""
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[tuple[bool, int]] = []
+    generate = HFLM._model_generate
+
+    def watched(self: Any, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked.append((find_patch(self.model) is not None, context.shape[1]))
+        return generate(self, context, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_model_generate", watched)
+    main = runpy.run_path(str(EXAMPLES / "lm_eval_bridge.py"))["main"]
+    (command,) = re.findall(
+        r"```bash\npython examples/lm_eval_bridge.py (--model[^`]*)```", DOCS.read_text(encoding="utf-8")
+    )
+    words = command.replace("\\\n", " ").split()
+    for flag, value in {"--model": str(EXAMPLES / "tiny" / "tiny-rope"), "--max-length": "512"}.items():
+        words[words.index(flag) + 1] = value
+    begin = words.index("--ruler-lengths") + 1
+    words[begin : begin + 2] = ["512"]
+    begin = words.index("--tasks") + 1
+    assert words[begin] == "ruler"
+    words[begin : begin + 1] = RULER
+    results = main([*words, "--limit", "1"])
+    lengths: dict[bool, list[int]] = {False: [], True: []}
+    for is_patched, length in asked:
+        lengths[is_patched].append(length)
+    assert lengths[False] == lengths[True] and len(lengths[True]) == len(RULER)
+    assert all(64 < length <= 512 for length in lengths[True]), lengths
+    for method in ("none", "yarn"):
+        scores = [results[method][task]["512,none"] for task in RULER]
+        assert all(0 <= score <= 1 for score in scores), "a task without a prompt of this length has -1"
+
+
+def test_the_group_ruler_has_the_tasks_that_are_tried_here() -> None:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(EXAMPLES / "lm_eval_tasks"), include_defaults=True)
+    assert {"ruler"} | {*RULER, "ruler_vt", "ruler_cwe"} <= set(manager.all_tasks)

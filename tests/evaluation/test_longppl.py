@@ -189,7 +189,7 @@ def test_no_key_tokens_at_all_is_an_error(documents: list[Document], llama: Llam
     settings = {**SETTINGS, "alpha": 1000.0}
     keys = find_key_tokens(llama, tokenizer, documents, length=LENGTH, **settings)
     assert keys.found == 0 and set(keys.indices) == {"d0", "d1", "d2"}
-    with pytest.raises(EvaluationError, match="none of 141 tokens is key .* alpha 1000 .* more than 12 tokens"):
+    with pytest.raises(EvaluationError, match="got none of 141 tokens .* alpha 1000 .* more than 12 tokens"):
         longppl(llama, tokenizer, documents, length=LENGTH, **settings)
 
 
@@ -200,27 +200,27 @@ def test_what_cannot_be_is_refused(documents: list[Document], llama: LlamaForCau
         longppl(llama, tokenizer, documents, **{"length": LENGTH, **SETTINGS, **changes})
 
     for short, stride in ((0, 5), (12, 0), (40, 8)):
-        with pytest.raises(InvalidParameterError, match=f"short_length is {short} and stride {stride}"):
+        with pytest.raises(InvalidParameterError, match=f"short_length and stride .*, got {short} and {stride},"):
             measure(short_length=short, stride=stride)
     keys = find_key_tokens(llama, tokenizer, documents, length=LENGTH, **SETTINGS)
     with pytest.raises(InvalidParameterError, match="Pass one of them"):
         measure(keys=keys, evaluator=llama)
-    with pytest.raises(InvalidParameterError, match="without a model"):
+    with pytest.raises(InvalidParameterError, match="got it alone"):
         measure(evaluator_tokenizer=tokenizer)
-    with pytest.raises(InvalidParameterError, match="of length 48 from token 0 on .* and length is 40, start 0"):
+    with pytest.raises(InvalidParameterError, match="of length 40 from token 0 on, .* got length 48 from token 0"):
         measure(keys=keys, length=40)
-    with pytest.raises(InvalidParameterError, match="from token 0 on .* and length is 48, start 3"):
+    with pytest.raises(InvalidParameterError, match="of length 48 from token 3 on, .* got length 48 from token 0"):
         measure(keys=keys, start=3)
-    with pytest.raises(InvalidParameterError, match=r"lack the documents \['new'\]"):
+    with pytest.raises(InvalidParameterError, match=r"without the documents \['new'\]"):
         longppl(llama, tokenizer, [Document("new", documents[0].text)], length=LENGTH, keys=keys)
-    with pytest.raises(InvalidParameterError, match="gave token .* give each model its own tokenizer"):
+    with pytest.raises(InvalidParameterError, match="Expected tokens below 20, .* Pass each model's own tokenizer"):
         measure(evaluator=tiny_llama(vocab_size=20))
     slow = Mock(is_fast=False, bos_token_id=None)
-    with pytest.raises(InvalidParameterError, match="Mock gives no character offsets"):
+    with pytest.raises(InvalidParameterError, match="Expected a tokenizer with character offsets, got Mock"):
         measure(evaluator=llama, evaluator_tokenizer=slow)
     with pytest.raises(InvalidParameterError, match="Expected a tokenizer, got int"):
         measure(evaluator=llama, evaluator_tokenizer=3)
-    with pytest.raises(InvalidParameterError, match="learned table of 64 positions"):
+    with pytest.raises(InvalidParameterError, match="64 tokens, the positions of the learned table"):
         texts = random_texts(1, 100)
         longppl(tiny_gpt2(), tokenizer, texts, length=80, **SETTINGS)
 
@@ -250,7 +250,7 @@ def test_longce_weights() -> None:
     assert torch.equal(long.grad, weights)
     assert longce_weights(long, short, cap=1.5).max() == 1.5
     for cap in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(InvalidParameterError, match="cap is|Expected cap to be a number"):
+        with pytest.raises(InvalidParameterError, match="Expected cap to be (positive and finite|a number)"):
             longce_weights(long, short, cap=cap)
     with pytest.raises(InvalidParameterError, match="Pass the same tokens"):
         longce_weights(long, short[1:])

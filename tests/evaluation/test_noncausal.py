@@ -215,15 +215,15 @@ def test_an_unknown_trained_length_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("bert", {"protocol": "prefix"}, "protocol 'prefix' does not fit BertForMaskedLM. Choose 'pseudo'"),
-        ("bert", {"protocol": "seq2seq"}, "'seq2seq' does not fit BertForMaskedLM"),
-        ("t5", {"protocol": "sliding", "stride": 8}, "'sliding' does not fit T5ForConditional.*Choose 'seq2seq'"),
-        ("llama", {"protocol": "pseudo"}, "does not fit LlamaForCausalLM. Choose 'prefix' or 'sliding' or"),
-        ("bert", {"protocol": "rolling"}, "protocol 'rolling' does not fit BertForMaskedLM"),
-        ("bert", {"protocol": "suffix"}, "Choose one of prefix, sliding, .*, pseudo, seq2seq"),
-        ("bert", {"stride": 8}, "protocol 'pseudo' has none"),
-        ("bert", {"lengths": [2]}, "a text of 2 tokens is too short to score. Pass 3 or more"),
-        ("t5", {"lengths": [3]}, "a text of 3 tokens is too short"),
+        ("bert", {"protocol": "prefix"}, "protocol to be 'pseudo' for BertForMaskedLM, got 'prefix'"),
+        ("bert", {"protocol": "seq2seq"}, "'pseudo' for BertForMaskedLM, got 'seq2seq'"),
+        ("t5", {"protocol": "sliding", "stride": 8}, "'seq2seq' for T5ForConditional.*got 'sliding'"),
+        ("llama", {"protocol": "pseudo"}, "'prefix' or 'sliding' or .* for LlamaForCausalLM"),
+        ("bert", {"protocol": "rolling"}, "'pseudo' for BertForMaskedLM, got 'rolling'"),
+        ("bert", {"protocol": "suffix"}, "to be one of prefix, sliding, .*, pseudo, seq2seq"),
+        ("bert", {"stride": 8}, "left out for protocol 'pseudo', got 8"),
+        ("bert", {"lengths": [2]}, "Expected texts of 3 tokens or more, which can be scored, got 2"),
+        ("t5", {"lengths": [3]}, "Expected texts of 4 tokens or more, which can be scored, got 3"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(model: str, options: dict[str, Any], message: str) -> None:
@@ -240,7 +240,7 @@ def test_pass_keys_are_for_decoders() -> None:
 
 
 def test_a_tokenizer_without_mask_and_a_model_without_start_are_refused() -> None:
-    with pytest.raises(InvalidParameterError, match="no mask token"):
+    with pytest.raises(InvalidParameterError, match="a mask token"):
         evaluate_perplexity(build("bert", task="masked-lm"), character_tokenizer(), TEXTS, [40])
     model = build("mbart", task="seq2seq-lm", decoder_start_token_id=None)
     model.generation_config.decoder_start_token_id = None
@@ -259,7 +259,7 @@ class SeesNeighbours(BertForMaskedLM):
 
 def test_a_head_that_sees_neighbours_is_refused() -> None:
     model = SeesNeighbours(build("bert", task="masked-lm").config).eval()
-    with pytest.raises(UnsupportedModelError, match="reads more than the token"):
+    with pytest.raises(UnsupportedModelError, match="reads only the token"):
         MaskedScorer(model, tokenizer()).token_nll(torch.tensor(texts())[:, :20], torch.tensor([7, 9]))
 
 

@@ -55,9 +55,9 @@ def test_not_finite_logits_name_document_token_and_layers(llama: LlamaForCausalL
     scorer = TokenScorer(llama)
     rows = [scorer.token_nll(tokens(count, rows=2))[1].numpy() for count in (30, 50)]
     require_finite(rows[0], "Emma", culprit=scorer.culprit)
-    with pytest.raises(NonFiniteError, match=f"in document 'Emma', first at token {first}, from {layers}; load"):
+    with pytest.raises(NonFiniteError, match=f"'Emma', got others, first at token {first}, from {layers}. Load"):
         require_finite(rows[1], "Emma", culprit=scorer.culprit)
-    with pytest.raises(NonFiniteError, match=f"first at token {100 + first};"):
+    with pytest.raises(NonFiniteError, match=f"first at token {100 + first}\\. Load"):
         require_finite(rows[1], "Emma", range(101, 150))
     assert [len(module._forward_hooks) for module in llama.modules()] == before
 
@@ -110,7 +110,7 @@ def test_a_diagnosis_names_the_layers(llama: LlamaForCausalLM) -> None:
     spoil(llama.model.norm, float("nan"))
     documents = TokenizedDocuments(["Emma"], tokens(60), bos=False)
     for measure in (token_losses, partial(short_context_losses, context=40)):
-        with pytest.raises(NonFiniteError, match="in document 'Emma', first at token 31, from model.norm; load"):
+        with pytest.raises(NonFiniteError, match="'Emma', got others, first at token 31, from model.norm. Load"):
             measure(TokenScorer(llama), documents)
 
 
@@ -120,7 +120,7 @@ def test_weights_that_are_damaged_are_named_and_no_dtype_is_advised(llama: Llama
     scorer = TokenScorer(llama)
     nll = scorer.token_nll(tokens(50))[0].numpy()
     weights = r"weights that are not finite themselves: model.layers.\*.mlp.down_proj.weight \(first in layer 1\)"
-    with pytest.raises(NonFiniteError, match=f"from {weights}; load another checkpoint, since this one is damaged"):
+    with pytest.raises(NonFiniteError, match=f"from {weights}. Load another checkpoint, since this one is damaged"):
         require_finite(nll, "Emma", culprit=scorer.culprit)
 
 
@@ -128,7 +128,7 @@ def test_what_does_not_happen_again_is_said(llama: LlamaForCausalLM) -> None:
     spoil(llama.model.norm, float("nan"), times=1)
     scorer = TokenScorer(llama)
     nll = scorer.token_nll(tokens(50))[0].numpy()
-    with pytest.raises(NonFiniteError, match="first at token 31, from no module when it was run again;"):
+    with pytest.raises(NonFiniteError, match="first at token 31, from no module when it was run again."):
         require_finite(nll, "Emma", culprit=scorer.culprit)
 
 

@@ -50,7 +50,7 @@ class Holder:
 
 def test_a_journal_that_another_process_writes_is_refused_until_that_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "out" / "journal.jsonl"
-    with Holder(path), pytest.raises(JournalError, match=r"journal\.jsonl is being written by another run"):
+    with Holder(path), pytest.raises(JournalError, match=r"journal\.jsonl, which is being written by another run"):
         RunJournal(path, {})
     with RunJournal(path, {}) as journal:  # the system has released the lock of the killed one
         journal[A] = 1
@@ -62,7 +62,7 @@ def test_a_worker_that_outlived_its_launcher_is_a_writer(tmp_path: Path) -> None
     with RunJournal(path, {}, rank=1, processes=2) as journal:
         journal[B] = 1
     with Holder(path, rank=1, processes=2):
-        with pytest.raises(JournalError, match=r"journal-1\.jsonl is being written by another run"):
+        with pytest.raises(JournalError, match=r"journal-1\.jsonl, which is being written by another run"):
             RunJournal(path, {})
         with RunJournal(path, {}, rank=0, processes=2) as journal:
             journal[A] = 1  # of the same run
@@ -100,7 +100,7 @@ def test_without_locks_the_size_of_the_file_tells(
     first, second = RunJournal(path, {"start": 0}), RunJournal(path, {"start": 3000})
     assert "cannot be locked" in caplog.text
     first[A] = 1
-    with pytest.raises(JournalError, match=r"has \d+ bytes where this run left 0: another run writes it"):
+    with pytest.raises(JournalError, match=r"Expected 0 bytes in .* got \d+: another run writes it"):
         second[A] = 2
     third = RunJournal(path, {"start": 0})
     first[B] = 1

@@ -137,7 +137,7 @@ def test_giving_up_says_what_to_type(llama: LlamaForCausalLM) -> None:
     limit(llama.model.layers[1], 16, failure_of_cuda)
     advice = "Pass shorter lengths, load the model with dtype=torch.bfloat16, or choose offload_cache=True on a CUDA"
     with pytest.raises(
-        OutOfMemoryError, match=f"^200 tokens do not fit .*not even in chunks of 100. {advice}"
+        OutOfMemoryError, match=f"^Expected memory for 200 tokens, got .*not even in chunks of 100. {advice}"
     ) as error:
         TokenScorer(llama).token_nll(tokens(200))
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in str(error.value)
@@ -147,7 +147,7 @@ def test_giving_up_says_what_to_type(llama: LlamaForCausalLM) -> None:
 def test_models_that_cannot_read_in_chunks_give_up(caplog: pytest.LogCaptureFixture) -> None:
     model = build("openai-gpt", n_positions=200)
     limit(model.transformer.h[1], 100)
-    with pytest.raises(OutOfMemoryError, match="200 tokens do not fit .* and not in chunks either: it has no cache"):
+    with pytest.raises(OutOfMemoryError, match="for 200 tokens, got .* and not in chunks either: it has no cache"):
         TokenScorer(model).token_nll(tokens(200))
     assert not messages(caplog)
 

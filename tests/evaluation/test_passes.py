@@ -124,7 +124,7 @@ def test_guard_refuses_a_model_whose_positions_depend_on_the_length() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, documents = tiny_dynamic().to(dtype), rows(length=100)
         scorer = Prefix().scorer(model, None, Memory())
-        with pytest.raises(EvaluationError, match="100 tokens and a fresh one over 14 disagree"):
+        with pytest.raises(EvaluationError, match="100 tokens to agree with a fresh one over 14"):
             Prefix().measure(scorer, documents, 0, [14, 100])
         static = tiny_llama().to(dtype)
         assert len(Prefix().measure(Prefix().scorer(static, None, Memory()), documents, 0, [14, 100])) == 2

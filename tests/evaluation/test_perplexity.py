@@ -147,9 +147,7 @@ def test_short_documents_are_left_out_and_named() -> None:
 
 def test_all_documents_too_short_says_what_fits(llama: LlamaForCausalLM) -> None:
     texts = random_texts(1, 30) + random_texts(1, 45)
-    with pytest.raises(
-        DocumentError, match=r"longest has 45 tokens, and start \+ length is 10 \+ 40. Pass lengths up to 35"
-    ):
+    with pytest.raises(DocumentError, match=r"10 \+ 40, got \d+ of at most 45. Pass lengths up to 35"):
         evaluate_perplexity(llama, character_tokenizer(), texts, [40], start=10)
     evaluate_perplexity(llama, character_tokenizer(), texts, [35], start=10)
 
@@ -166,18 +164,18 @@ def test_a_negative_start_is_refused(llama: LlamaForCausalLM) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
-    with pytest.raises(InvalidParameterError, match=r"gave token \d+, and the model has 20"):
+    with pytest.raises(InvalidParameterError, match=r"Expected tokens below 20, the vocabulary of the model, got \d+"):
         evaluate_perplexity(tiny_llama(vocab_size=20), character_tokenizer(), random_texts(1, 50), [8])
 
 
 def test_a_learned_table_has_an_end() -> None:
     tokenizer, texts = character_tokenizer(), random_texts(1, 200)
     assert evaluate_perplexity(tiny_gpt2(), tokenizer, texts, [64]).rows
-    with pytest.raises(InvalidParameterError, match="learned table of 64 positions, and 65 tokens were asked for"):
+    with pytest.raises(InvalidParameterError, match="the positions of the learned table of .*, got 65"):
         evaluate_perplexity(tiny_gpt2(), tokenizer, texts, [65])
 
 
 def test_an_encoder_without_head_is_refused_in_one_line() -> None:
-    with pytest.raises(UnsupportedModelError, match="no causal language-model loss") as error:
+    with pytest.raises(UnsupportedModelError, match="Expected a causal language model") as error:
         evaluate_perplexity(build("bert", task="base"), character_tokenizer(), random_texts(1, 50), [8])
     assert "\n" not in str(error.value)

@@ -218,7 +218,7 @@ def test_positions_that_follow_the_length_are_refused_by_name(name: str) -> None
     model = make()
     label = "llama" if method is None else name
     with patch_model(model, method or NoExtension()) as patch:
-        with pytest.raises(UnsupportedModelError, match=f"positions of {label} follow .*; leave prefill_chunk out"):
+        with pytest.raises(UnsupportedModelError, match=f"positions of {label} follow .*. Leave prefill_chunk out"):
             chunked(model, tokens(LENGTH))
         nll = chunked(model, tokens(LENGTH), chunk=LENGTH)[0]
         assert nll.double().numpy() == pytest.approx(naive_nll(model, tokens(LENGTH)[0]), **ROUNDING), "one chunk"
@@ -227,7 +227,9 @@ def test_positions_that_follow_the_length_are_refused_by_name(name: str) -> None
         chunk: check_request(EvaluationConfig(lengths=[LENGTH], prefill_chunk=chunk), scheme, model)
         for chunk in (CHUNK, LENGTH, None)
     }
-    with pytest.raises(InvalidParameterError, match=f"prefill_chunk is 13 for texts of 150 tokens, but .*{label}"):
+    with pytest.raises(
+        InvalidParameterError, match=f"to be left out, since .* of {label} .*, got 13 for texts of 150"
+    ):
         check_reads(requests[CHUNK], patch.plan)
     check_reads(requests[LENGTH], patch.plan)
     check_reads(requests[None], patch.plan)
@@ -255,14 +257,12 @@ def test_chunks_are_checked_for_each_patch() -> None:
 )
 def test_models_that_lose_their_state_are_refused(model_type: str, reason: str) -> None:
     scorer = TokenScorer(build(model_type), Memory(prefill_chunk=CHUNK))
-    with pytest.raises(
-        UnsupportedModelError, match=f"cannot read a text in chunks: {reason}.*leave prefill_chunk out"
-    ):
+    with pytest.raises(UnsupportedModelError, match=f"can read in chunks, got .*: {reason}.*Leave prefill_chunk out"):
         scorer.token_nll(tokens(LENGTH))
 
 
 def test_a_model_without_a_cache_is_refused_before_anything_is_read() -> None:
-    with pytest.raises(UnsupportedModelError, match="OpenAIGPTLMHeadModel cannot read .*: it has no cache"):
+    with pytest.raises(UnsupportedModelError, match="can read in chunks, got OpenAIGPTLMHeadModel: it has no cache"):
         TokenScorer(build("openai-gpt"), Memory(prefill_chunk=CHUNK))
 
 
@@ -270,7 +270,7 @@ def test_a_model_without_a_cache_is_refused_before_anything_is_read() -> None:
     ("arguments", "message"),
     [
         ({"prefill_chunk": 0}, "Expected prefill_chunk to be a whole number of 1 or more, got 0"),
-        ({"offload_cache": True}, "offload_cache needs a cache, .* Pass prefill_chunk=2048, too"),
+        ({"offload_cache": True}, "Expected prefill_chunk with offload_cache, .* Pass prefill_chunk=2048, too"),
     ],
 )
 def test_impossible_memory_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -296,11 +296,11 @@ def test_from_the_front_door() -> None:
 def test_models_that_read_both_ways_are_refused_chunks() -> None:
     memory, tokenizer = Memory(prefill_chunk=CHUNK), character_tokenizer()
     for protocol, model in ((Seq2Seq(), tiny_t5()), (Pseudo(), build("bert", task="masked-lm"))):
-        with pytest.raises(InvalidParameterError, match=f"is 13, and {type(model).__name__} reads a text as a whole"):
+        with pytest.raises(InvalidParameterError, match=f"{type(model).__name__} reads a text as a whole, got 13"):
             protocol.scorer(model, tokenizer, memory)
 
 
 def test_offloading_needs_a_cuda_device() -> None:
     """transformers' own offloading waits for CUDA streams, whatever the device; in main memory the cache is anyway."""
-    with pytest.raises(InvalidParameterError, match="LlamaForCausalLM is on 'cpu'. Leave it out"):
+    with pytest.raises(InvalidParameterError, match="got LlamaForCausalLM on 'cpu'. Leave offload_cache out"):
         TokenScorer(tiny_llama(), Memory(prefill_chunk=CHUNK, offload_cache=True))

@@ -191,7 +191,7 @@ def test_the_tail_of_a_tail_is_in_the_second_half_of_the_text(llama: LlamaForCau
 
 
 def test_a_stream_without_a_window_is_refused() -> None:
-    with pytest.raises(InvalidParameterError, match="a stream of 48 tokens.*drops the last window of 24.*Pass 49 tok"):
+    with pytest.raises(InvalidParameterError, match="a stream of 49 tokens.*drops the last window of 24, got 48"):
         LegacyLongLoRA(24).arrange(rows())
     assert len(LegacyLongLoRA(23).windows(48, 24, False)) == 1
 
@@ -202,17 +202,21 @@ def test_a_stream_without_a_window_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("prefix", {"stride": 5}, "stride is 5, and protocol 'prefix' has none. Leave it out, or choose sliding or"),
-        ("rolling", {"stride": 5}, "'rolling' has none"),
-        ("sliding", {}, "protocol 'sliding' requires stride. Pass stride=128, in tokens"),
-        ("legacy-yarn", {}, "'legacy-yarn' requires stride"),
-        ("legacy-longlora", {"stride": 8}, "stride is 8 for windows of 8 tokens. Pass 1 to 7"),
-        ("sliding", {"stride": 0}, r"stride is 0 for windows of 8 tokens. Pass 1 to 7 \(a longer one skips tokens\)"),
-        ("tail", {}, "protocol 'tail' requires tail. Pass tail=128, in tokens"),
-        ("tail", {"tail": 8}, "tail is 8 for texts of 8 tokens, the first of which is not scored. Pass 1 to 7"),
-        ("tail", {"tail": 0}, "tail is 0"),
-        ("prefix", {"tail": 4}, "tail is 4, and protocol 'prefix' has none. Leave it out, or choose tail"),
-        ("suffix", {}, "protocol is 'suffix'. Choose one of prefix, sliding, rolling, tail, legacy-yarn, legacy-lo"),
+        ("prefix", {"stride": 5}, "stride to be left out for protocol 'prefix', got 5. Drop it, or choose sliding or"),
+        ("rolling", {"stride": 5}, "left out for protocol 'rolling', got 5"),
+        ("sliding", {}, "Expected stride for protocol 'sliding', got none. Pass stride=128, in tokens"),
+        ("legacy-yarn", {}, "Expected stride for protocol 'legacy-yarn', got none"),
+        ("legacy-longlora", {"stride": 8}, "Expected stride to be 1 to 7 for windows of 8 tokens .*, got 8"),
+        (
+            "sliding",
+            {"stride": 0},
+            r"to be 1 to 7 for windows of 8 tokens \(a longer one skips tokens\), got 0",
+        ),
+        ("tail", {}, "Expected tail for protocol 'tail', got none. Pass tail=128, in tokens"),
+        ("tail", {"tail": 8}, "tail to be 1 to 7 for texts of 8 tokens, the first .*, got 8. Pass tail=7"),
+        ("tail", {"tail": 0}, "tail to be 1 to 7 .*, got 0"),
+        ("prefix", {"tail": 4}, "tail to be left out for protocol 'prefix', got 4. Drop it, or choose tail"),
+        ("suffix", {}, "protocol to be one of prefix, sliding, rolling, tail, legacy-yarn, legacy-lo"),
     ],
 )
 def test_what_cannot_be_is_said(llama: LlamaForCausalLM, name: str, options: dict[str, int], message: str) -> None:
@@ -246,5 +250,5 @@ def test_what_is_not_finite_names_document_and_token(llama: LlamaForCausalLM, pr
     documents.tokens[0, 20] = 0  # no other token is the pad token
     arranged, scorer = protocol.arrange(documents), LosesOne(llama)
     for measure in (protocol.measure, lambda *args: protocol.measure(*args, TRAINED)):
-        with pytest.raises(NonFiniteError, match=f"in document '{arranged.ids[0]}', first at token 20; load"):
+        with pytest.raises(NonFiniteError, match=f"in document '{arranged.ids[0]}', got others, first at token 20"):
             measure(scorer, arranged, 0, [24])

@@ -89,13 +89,13 @@ def test_the_old_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema": 2, "rows": [', "is not JSON"),
-        ("[]", "no results of hf_posext, .*. Pass a results.json"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"schema": 1}', "schema 1; this version of hf_posext reads 2: upgrade it, or measure again"),
-        ('{"schema": 2, "provenance": {}, "rows": []}', r"results lack \['per_document'\]"),
+        ('{"schema": 2, "rows": [', "as JSON"),
+        ("[]", "Expected results of hf_posext, .*. Pass a results.json"),
+        ("[" * 100_000, "as JSON"),
+        ('{"schema": 1}', "Expected results of schema 2, got 1. Upgrade hf_posext, or measure again"),
+        ('{"schema": 2, "provenance": {}, "rows": []}', r"none of \['per_document'\]"),
         ('{"schema": 2, "provenance": [], "rows": [], "per_document": []}', "provenance"),
-        ('{"schema": 2, "provenance": {}, "rows": {}, "per_document": []}', "rows of the results is dict"),
+        ('{"schema": 2, "provenance": {}, "rows": {}, "per_document": []}', "the results to be a list, got dict"),
         (
             '{"schema": 2, "provenance": {}, "rows": [3], "per_document": []}',
             r"Expected rows\.0 to be an object of Row, got 3",
@@ -106,18 +106,18 @@ def test_the_old_file_stays_whole_when_writing_fails(tmp_path: Path, monkeypatch
         ),
         (torn("rows", length="512"), r"Expected rows\.0\.length to be a whole number, got '512'"),
         (torn("rows", length=10**30), r"rows\.0\.length to be a whole number, got 10000000000000.* Pass at most"),
-        (torn("rows", length=-512), r"rows\.0\.length is -512"),
+        (torn("rows", length=-512), r"rows\.0\.length to be 0 or more, got -512"),
         (torn("rows", length=True), r"rows\.0\.length to be a whole number, got True"),
         (torn("rows", method=None), r"rows\.0\.method to be text, got None"),
         (torn("rows", dtype=None), r"rows\.0\.dtype to be text, got None"),
         (torn("rows", bits_per_byte="2"), r"rows\.0\.bits_per_byte to be a number, got '2'"),
         (torn("per_document", groups=1.5), r"per_document\.0\.groups to be a whole number, got 1.5"),
         (torn("rows", gain="high"), r"rows\.0\.gain to be a number, got 'high'"),
-        (torn("rows", gain_ci95=[1.0]), r"rows\.0\.gain_ci95 is \[1.0\]"),
+        (torn("rows", gain_ci95=[1.0]), r"2 numbers in rows\.0\.gain_ci95, got \[1.0\]"),
         (torn("rows", ci95=0.5), r"rows\.0\.ci95 to be a list, got 0.5"),
-        (torn("per_document", position_nll_sums=[1.0]), r"per_document\.0\.position_nll_sums is \[1.0\]"),
-        (torn("provenance", trained_length="512"), "provenance has trained_length 512"),
-        (torn("provenance", not_applicable=["yarn"]), r"provenance has not_applicable \['yarn'\]"),
+        (torn("per_document", position_nll_sums=[1.0]), r"16 numbers in per_document\.0\.position_nll_sums"),
+        (torn("provenance", trained_length="512"), "trained_length of the provenance to be int, got 512"),
+        (torn("provenance", not_applicable=["yarn"]), r"not_applicable of the provenance to be dict, got \['yarn'\]"),
     ],
 )
 def test_corrupt_files_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -130,7 +130,7 @@ def test_corrupt_files_are_refused_in_one_line(tmp_path: Path, text: str, messag
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(EvaluationError, match=r"results\.json is not JSON"):
+    with pytest.raises(EvaluationError, match=r"as JSON in .*results\.json"):
         Results.load_json(tmp_path / "results.json")
 
 
@@ -173,9 +173,11 @@ def test_row_is_found_or_the_choice_named() -> None:
     results = some_results()
     assert results.row("none", 512) is results.rows[0]
     assert results.row("yarn", 512, factor=16) is results.rows[2]
-    with pytest.raises(InvalidParameterError, match="2 rows are 'yarn' at 512.*yarn x8 at 512, yarn x16 at 512"):
+    with pytest.raises(
+        InvalidParameterError, match="row of 'yarn' at 512 .*, got 2. .*yarn x8 at 512, yarn x16 at 512"
+    ):
         results.row("yarn", 512)
-    with pytest.raises(InvalidParameterError, match="0 rows are 'ntk'.*none x1 at 512"):
+    with pytest.raises(InvalidParameterError, match="one row of 'ntk' at 512 .*, got 0. .*none x1 at 512"):
         results.row("ntk", 512)
 
 

@@ -101,10 +101,10 @@ def test_a_corrupt_line_is_refused_by_its_number(path: Path) -> None:
         lines = [*intact]
         lines[number - 1] = line
         path.write_text("\n".join(lines) + "\n")
-        with pytest.raises(JournalError, match=rf"journal\.jsonl is corrupt at line {number}: .*Delete that line"):
+        with pytest.raises(JournalError, match=rf"Expected a finished task in line {number} of .*Delete that line"):
             finished(path)
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(JournalError, match="corrupt at line 1"):
+    with pytest.raises(JournalError, match="Expected a finished task in line 1"):
         finished(path)
 
 
@@ -119,7 +119,7 @@ def test_a_journal_of_another_configuration_is_refused_with_what_differs(path: P
         ({"seed": 1}, "seed is None there and 1 here"),
     ]
     for change, message in changed:
-        with pytest.raises(JournalError, match=f"journal of another run, .*: {message}. Pass another output"):
+        with pytest.raises(JournalError, match=f"that of another run in .*: {message}. Pass another output"):
             RunJournal(path, {**CONFIGURATION, **change})
     path.write_text(path.read_text().replace('"schema": 3', '"schema": 1'))
     with pytest.raises(JournalError, match="schema is 1 there and 3 here"):
@@ -143,7 +143,7 @@ def test_a_full_disk_keeps_what_was_finished(path: Path, limit_of_files: Any) ->
     data = path.read_bytes()
     path.unlink()
     limit_of_files(len(data) - 10)
-    with pytest.raises(JournalError, match=r"cannot write .*journal\.jsonl: File too large; .* --resume") as caught:
+    with pytest.raises(JournalError, match=r"written, got .*journal\.jsonl: File too large. .* --resume") as caught:
         write(path)
     assert isinstance(caught.value.__cause__, OSError)
     assert path.read_bytes() == data[:-10] and len(finished(path)) == 3
@@ -163,7 +163,7 @@ def test_a_journal_that_is_taken_away_ends_the_run(path: Path, act: str) -> None
             shutil.rmtree(path.parent)
         if act == "replace":
             write(path, ENTRIES[:1])
-        with pytest.raises(JournalError, match=r"journal\.jsonl was moved or deleted during the run"):
+        with pytest.raises(JournalError, match=r"journal\.jsonl, got none: it was moved or deleted during the run"):
             journal[ENTRIES[1][0]] = ENTRIES[1][1]
 
 
@@ -200,5 +200,5 @@ def test_a_fingerprint_depends_on_the_active_adapter_and_not_on_the_mode() -> No
 
 def test_a_journal_that_cannot_be_read_is_an_error(path: Path) -> None:
     path.mkdir(parents=True)
-    with pytest.raises(JournalError, match="cannot read the journal .*: Is a directory. Pass another --output"):
+    with pytest.raises(JournalError, match="that can be read, got .*: Is a directory. Pass another --output"):
         finished(path)

@@ -211,7 +211,7 @@ def test_other_schemes_and_what_needs_no_method() -> None:
         ({"budget": -1}, InvalidParameterError, "budget to be a whole number of at least 1 or None, got -1"),
         ({"methods": ["table-linear"]}, MethodNotApplicableError, "Every method is refused"),
         ({"methods": []}, MethodNotApplicableError, "none was given. Keep inputs within 64 tokens"),
-        ({"target_length": 10**6, "methods": ["yarn"]}, DocumentError, "documents are too short"),
+        ({"target_length": 10**6, "methods": ["yarn"]}, DocumentError, "Expected documents of start"),
         ({"short_limit": -1}, InvalidParameterError, "Expected short_limit to be a number of at least 0, got -1"),
     ],
     ids=str,

@@ -139,7 +139,7 @@ def test_key_tokens_as_the_objective() -> None:
     [
         ({"length": TRAINED}, InvalidParameterError, "which needs no search"),
         ({"length": 32}, InvalidParameterError, "below the trained length of 64"),
-        ({"length": 1000}, DocumentError, "too short"),
+        ({"length": 1000}, DocumentError, "Expected documents of start"),
         ({"population": 3}, InvalidParameterError, "Expected population to be a whole number of at least 4, got 3"),
         ({"generations": 0}, InvalidParameterError, "generations to be a whole number of at least 1, got 0"),
         ({"objective": "ppl"}, InvalidParameterError, "Expected objective to be one of tail, key-tokens, got 'ppl'"),

@@ -65,16 +65,16 @@ def test_without_a_control_there_is_no_gain(before: Results) -> None:
 def test_what_cannot_be_compared(before: Results, adapter: tuple[Path, Results]) -> None:
     _, after = adapter
     several = compare(tiny_llama(), character_tokenizer(), TEXTS, ["linear", "yarn"], lengths=LENGTHS, factor=2.0)
-    with pytest.raises(InvalidParameterError, match="are of linear, yarn. Measure it alone"):
+    with pytest.raises(InvalidParameterError, match="got those of linear, yarn. Pass"):
         before_after(before, several)
     altered = copy.deepcopy(after)
     altered.provenance["protocol"] = "sliding"
     with pytest.raises(InvalidParameterError, match=r"protocol .prefix, sliding.*Measure both in the same"):
         before_after(before, altered)
     shorter = compare(tiny_llama(), character_tokenizer(), TEXTS, ["none"], lengths=LENGTHS[1:], factor=2.0)
-    with pytest.raises(InvalidParameterError, match="truncated was not measured at every length"):
+    with pytest.raises(InvalidParameterError, match="Expected truncated at every length of the model after"):
         before_after(shorter, after)
-    with pytest.raises(InvalidParameterError, match="are of no method"):
+    with pytest.raises(InvalidParameterError, match="got those of no method"):
         before_after(before, Results())
 
 

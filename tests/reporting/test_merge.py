@@ -112,14 +112,14 @@ def test_what_only_one_run_found_is_kept_whichever_comes_first(order: tuple[str,
 def test_runs_that_contradict_each_other_are_refused() -> None:
     altered = a_run()
     altered.rows[0]["nll_sum"] *= 1 + 1e-5
-    with pytest.raises(InvalidParameterError, match="a.json and b.json contradict each other: none at 512"):
+    with pytest.raises(InvalidParameterError, match="a.json and b.json to agree on none at 512"):
         merge_runs({"a.json": a_run(), "b.json": altered})
     altered.rows[0]["nll_sum"] /= 1 + 1e-5 - 1e-8  # what another number of threads may make
     assert len(merge_runs({"a.json": a_run(), "b.json": altered})) == 1
 
 
 def test_a_run_without_rows_is_refused() -> None:
-    with pytest.raises(InvalidParameterError, match="b.json has no rows"):
+    with pytest.raises(InvalidParameterError, match="Expected rows in b.json, got none"):
         merge_runs({"a.json": a_run(), "b.json": Results({"model": "x"})})
 
 

@@ -65,26 +65,33 @@ class LongDocumentPerplexity(evaluate.Metric):  # type: ignore[misc]  # evaluate
         self, *, nll_sums: list[float], tokens: list[int], byte_counts: list[int] | None = None
     ) -> dict[str, Any]:
         if len(nll_sums) == 0:
-            raise ValueError("no documents. Pass one NLL sum and one token count for each, one document or more.")
+            raise ValueError("Expected documents, got none. Pass one NLL sum and one token count for each.")
         for index, (nll, count) in enumerate(zip(nll_sums, tokens, strict=True)):
             if not math.isfinite(nll):
-                raise ValueError(f"nll_sums[{index}] is {nll}. Leave out documents whose logits were not finite.")
+                raise ValueError(
+                    f"Expected nll_sums[{index}] to be finite, got {nll}. Leave out documents whose logits were not "
+                    "finite."
+                )
             if count < 0:
-                raise ValueError(f"tokens[{index}] is {count}. Pass how many tokens were scored, 0 or more.")
+                raise ValueError(
+                    f"Expected tokens[{index}] to be 0 or more, got {count}. Pass how many tokens were scored."
+                )
             if nll < 0 or (nll > 0 and count == 0):
-                raise ValueError(f"nll_sums[{index}] is {nll} for {count} tokens. Pass their sum of -log p.")
+                raise ValueError(
+                    f"Expected nll_sums[{index}] to be a sum of -log p over {count} tokens, got {nll}. Pass that sum."
+                )
         nll, count = np.sum(nll_sums, dtype=np.float64), int(np.sum(tokens))
         if count == 0:
             raise ValueError(
-                "all token counts are 0, so there is nothing to average. Pass documents of 2 tokens or more."
+                "Expected tokens to average over, got counts of 0 only. Pass documents of 2 tokens or more."
             )
         with np.errstate(over="ignore"):
             result = {"perplexity": float(np.exp(nll / count))}
         if byte_counts is not None:
             if len(byte_counts) != len(nll_sums) or min(byte_counts) < 0 or sum(byte_counts) == 0:
                 raise ValueError(
-                    f"byte_counts is {list(byte_counts)[:8]}... for {len(nll_sums)} documents. Pass one count for "
-                    "each, 0 or more, and not all 0."
+                    f"Expected byte_counts of 0 or more, one for each of {len(nll_sums)} documents and not all 0, got "
+                    f"{list(byte_counts)[:8]}. Pass the bytes of the scored tokens."
                 )
             result["bits_per_byte"] = float(nll / math.log(2) / sum(byte_counts))
         return {**result, "n_tokens": count, "n_documents": len(nll_sums)}
