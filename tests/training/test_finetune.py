@@ -265,7 +265,7 @@ def test_provenance_says_what_is_needed_to_train_again(tmp_path: Path) -> None:
         ),
         ({"model": tiny_t5()}, UnsupportedModelError, "causal language model, got T5ForConditionalGeneration"),
         ({"model": tiny_llama().to(torch.bfloat16)}, InvalidParameterError, "LlamaForCausalLM is bfloat16. Pass bf16"),
-        ({"model": tiny_llama(vocab_size=40)}, InvalidParameterError, "and the model has 40; load both from the same"),
+        ({"model": tiny_llama(vocab_size=40)}, InvalidParameterError, "tokens below 40, .* Load both from the same"),
         (
             {"model": tiny_bloom(), "method": "alibi-linear", "trained_length": 64, "pose": 2},
             UnsupportedModelError,
