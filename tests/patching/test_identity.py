@@ -46,7 +46,7 @@ def run(model: Any, documents: Any = TEXTS, journal: Path | None = None) -> Resu
 @pytest.mark.parametrize("persistent", [True, False])
 def test_a_journal_is_not_continued_by_a_model_with_other_buffers(persistent: bool, tmp_path: Path) -> None:
     first = run(quantised(1.0, persistent), journal=tmp_path / "journal.jsonl")
-    with pytest.raises(JournalError, match=r"journal of another run.*models\.0\.weights is"):
+    with pytest.raises(JournalError, match=r"that of another run.*models\.0\.weights is"):
         run(quantised(0.8, persistent), journal=tmp_path / "journal.jsonl")
     assert run(quantised(1.0, persistent), journal=tmp_path / "journal.jsonl").rows == first.rows
     assert run(quantised(0.8, persistent)).rows[0]["perplexity"] != first.rows[0]["perplexity"]
