@@ -30,8 +30,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import CheckpointError, PlanError, PlanMismatchError, UnsupportedModelError, first_line
 from ..plan import PLAN_FILE, PLAN_KEY, SCHEMA, ExtensionPlan
 from .detect import text_config
-from .saved_config import CarriesPlan, open_patched_config, saved_plan
-from .sites import LENGTH_FIELDS, positions_ahead
+from .saved_config import LIMITS_KEY, CarriesPlan, open_patched_config, saved_plan
+from .sites import LENGTH_FIELDS, positions_ahead, text_configs
 from .tables import set_rows, tables_of
 from .undo import LastingLog, mix
 from .untrusted import GGUFHeader, check_directory, check_shards, pickles_of, read_json
@@ -385,10 +385,11 @@ def model_class(config: PreTrainedConfig, name: str | Path, trust_remote_code: b
 
 def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> dict[str, torch.Tensor]:
     """Put the replaced tables into a model, and return the tables that it had."""
-    if not (plan.table or (plan.sinusoids and tables_of(model))):
-        _restore_shipped(model.config, plan)
-        return {}
     file, tables = directory / REPLACED_FILE, tables_of(model)
+    if not plan.table and not (plan.sinusoids and tables):
+        if plan.sinusoids:
+            _restore_shipped(model.config, plan)
+        return {}
     try:
         replaced = load_file(file) if file.is_file() else _first_rows(model, plan, directory)
     except SafetensorError as error:
@@ -410,6 +411,8 @@ def _put_back(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) -> d
             f"{first.num_embeddings} rows; put back the plan that was saved with them"
         )
     set_rows(model, {path: table.to(longer[path]) for path, table in replaced.items()}, offset, LastingLog())
+    for part in text_configs(model):
+        vars(part).pop(LIMITS_KEY, None)  # `set_rows` has restored them
     return longer
 
 
@@ -432,18 +435,21 @@ def _first_rows(model: PreTrainedModel, plan: ExtensionPlan, directory: Path) ->
 def _restore_shipped(config: PreTrainedConfig, plan: ExtensionPlan) -> None:
     """Restore the unpatched positions of a config, so that the plan can be applied again."""
     text: Any = text_config(config)
+    for entry in plan.rotaries:
+        shipped = dict(plan.scheme.rotary(entry.name).shipped)
+        text.rope_parameters = {**text.rope_parameters, entry.name: shipped} if entry.name else shipped
+    for part in (config, text):  # the second is a copy in encoder-decoder models
+        for name, length in vars(part).pop(LIMITS_KEY, _claimed_limits(part, plan)).items():
+            setattr(part, name, length)
+        if plan.scheme.buckets is not None and hasattr(part, "relative_attention_max_distance"):
+            part.relative_attention_max_distance = plan.scheme.buckets.max_distance
+
+
+def _claimed_limits(config: PreTrainedConfig, plan: ExtensionPlan) -> dict[str, int]:
+    """Return the limits of an unpatched config by what its model claims, for writers that did not save them."""
     limit = plan.scheme.shipped_length
     dynamic = [rotary.shipped for rotary in plan.scheme.rotaries if rotary.shipped_type == "dynamic"]
     if dynamic and not any("original_max_position_embeddings" in rotary for rotary in dynamic):
         limit = plan.scheme.trained_length  # what the config contains, from which its frequencies follow
-    for entry in plan.rotaries:
-        shipped = dict(plan.scheme.rotary(entry.name).shipped)
-        text.rope_parameters = {**text.rope_parameters, entry.name: shipped} if entry.name else shipped
-    if plan.rotaries and limit is not None:
-        text.max_position_embeddings = limit
-    for part in (config, text):  # the second is a copy in encoder-decoder models
-        for name in LENGTH_FIELDS:
-            if limit is not None and getattr(part, name, None) == plan.target_length:
-                setattr(part, name, limit)
-        if plan.scheme.buckets is not None and hasattr(part, "relative_attention_max_distance"):
-            part.relative_attention_max_distance = plan.scheme.buckets.max_distance
+    raised = [name for name in LENGTH_FIELDS if getattr(config, name, None) == plan.target_length]
+    return {} if limit is None else dict.fromkeys(raised, limit)

@@ -40,12 +40,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from ..decode import decode
 from ..errors import CheckpointError, PlanError, TrainingError, UnsupportedModelError
 from ..plan import PLAN_KEY, ExtensionPlan, has_plan
-from .sites import path_without_adapter, position_tables
+from .sites import path_without_adapter, position_tables, text_configs
+from .tables import length_fields
 from .undo import MARK, Carried, InForce, mark_of, mix, unwrap
 from .untrusted import read_json
 
 REPLACED_KEY = "posext_replaced"
 """Entry of a config that contains what stood where its readers are stopped."""
+
+LIMITS_KEY = "posext_limits"
+"""Entry of a config that contains the values of the limits that a patch raised."""
 
 _EXPERTS = "experts_implementation"
 _IMPLEMENTATIONS = ("attn_implementation", _EXPERTS)
@@ -241,6 +245,10 @@ def carry(model: PreTrainedModel, state: InForce) -> None:
     log.on_undo(model.register_load_state_dict_pre_hook(_before_load).remove)
     if state.plan.changes_nothing:
         return
+    fields = [(limited, name) for limited, name, _ in length_fields(model)]
+    for limited in text_configs(model):
+        raised = [name for owner, name in fields if owner is limited and log.knows(owner, name)]
+        log.set(limited, LIMITS_KEY, {name: log.before(limited, name) for name in raised})
     if not config.architectures:  # `model.save_pretrained` says it, `model.config.save_pretrained` does not
         log.set(config, "architectures", [type(model).__name__])
     modules = [module for module in model.modules() if isinstance(module, PreTrainedModel)]

@@ -40,6 +40,7 @@ from hf_posext.errors import (
     UnsupportedModelError,
 )
 from hf_posext.training import KeepsPlan
+from tests import zoo
 from tests.adapters.helpers import with_adapter
 from tests.conftest import TRAINED, logits, realigned, sharpen, tiny_bloom, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.helpers import run_python, shipped_tokenizer
@@ -142,6 +143,31 @@ def test_plain_transformers_opens_equal_or_stops(method: str, tmp_path: Path) ->
     with pytest.raises(AlreadyPatchedError, match=f"carries the patch '{method}: 64 -> 256.*load_patched"):
         patch_model(plain, method, factor=4)  # a second stretch
     unpatch_model(load_patched(tmp_path)) if method != "table-linear" else None
+
+
+SHIPPED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "the limit is the trained length": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "the limit is between": {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32}
+    | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
+"""By what `max_position_embeddings`, 64, stands for: shipped `rope_parameters`."""
+
+
+@pytest.mark.parametrize("shipped", SHIPPED)
+@pytest.mark.parametrize("method", ["yarn", "log-n", "dynamic-ntk"])
+def test_undo_after_opening_gives_the_config_before_the_patch(method: str, shipped: str, tmp_path: Path) -> None:
+    """The plan has no room for a limit that is not the length that a model claims."""
+    model = zoo.build("llama", rope_parameters={"rope_theta": 10_000.0, "rope_type": "default", **SHIPPED[shipped]})
+    model.save_pretrained(tmp_path / "plain")
+    patch_model(model, method, factor=8)
+    model.save_pretrained(tmp_path / "patched")
+    opened = load_patched(tmp_path / "patched")
+    assert opened.config.max_position_embeddings == model.config.max_position_embeddings
+    unpatch_model(opened)
+    before, after = (each.config.to_dict() for each in (type(model).from_pretrained(tmp_path / "plain"), opened))
+    assert after | {"_name_or_path": before["_name_or_path"]} == before
 
 
 @pytest.mark.parametrize("method", PLANS)
