@@ -89,8 +89,8 @@ def test_results_are_read_again(found: Results, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"retrieval": -1}, "Expected retrieval to be a whole number from 0 to 10,000, got -1"),
-        ({"retrieval": 0, "depths": None}, r"tasks is \['passkey', 'common-words'\], and retrieval is 0"),
-        ({"retrieval": 0, "tasks": None}, r"depths is \[0, 1\], and retrieval is 0. Pass retrieval=4"),
+        ({"retrieval": 0, "depths": None}, r"with tasks=\['passkey', 'common-words'\], got 0. Pass retrieval=4"),
+        ({"retrieval": 0, "tasks": None}, r"retrieval to be 1 or more with depths=\[0, 1\], got 0. Pass retrieval=4"),
         ({"tasks": ["poetry"]}, "Expected tasks to be some of passkey, multi-key"),
         ({"depths": [0.5, 2]}, "Expected depths"),
         ({"lengths": [60, 640]}, "for a prompt of the task 'common-words', got 60. Leave out"),
@@ -108,7 +108,7 @@ def test_what_cannot_be_is_told_before_anything_is_measured(
 
 
 def test_who_does_not_continue_texts_is_not_asked() -> None:
-    with pytest.raises(InvalidParameterError, match="retrieval is 2, and T5For.* does not continue"):
+    with pytest.raises(InvalidParameterError, match="retrieval to be 0, as T5For.* does not continue .*, got 2"):
         evaluate_perplexity(tiny_t5(), character_tokenizer(), random_texts(2, 200), [128], retrieval=2)
 
 

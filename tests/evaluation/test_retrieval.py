@@ -174,7 +174,7 @@ def test_what_cannot_be_asked_is_refused(llama: LlamaForCausalLM) -> None:
             retrieval(llama, PIECES, [500], depths=depths)
     with pytest.raises(InvalidParameterError, match="trials .* got 0"):
         retrieval(llama, PIECES, [500], trials=0)
-    with pytest.raises(InvalidParameterError, match="one twice"):
+    with pytest.raises(InvalidParameterError, match=r"lengths to be different, got \[500, 500\]"):
         retrieval(llama, PIECES, [500, 500])
 
 
