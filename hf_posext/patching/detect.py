@@ -45,7 +45,8 @@ SHOWN = WINDOW + 8
 class RotarySite:
     """Place of one set of frequencies: a rotary module and the prefix of its attributes.
 
-    The name is the layer type, or the path of a module with a config of its own (Granite SWA: one for each base).
+    The name is the layer type, or begins with the path of a module with a config of its own (Granite SWA: one for each
+    base; an encoder).
     """
 
     path: str
@@ -102,6 +103,14 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def encoder_config(model: PreTrainedModel) -> PreTrainedConfig | None:
+    """Return the config of the text in an encoder, which may be of another class than that of the decoder."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    if not isinstance(encoder, PreTrainedModel) or encoder.main_input_name != "input_ids":
+        return None
+    return text_config(encoder.config)
+
+
 def model_kind(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
     """Return the kind of a language model or config, also inside a wrapper, and the name of its class.
 
@@ -123,11 +132,12 @@ def model_kind(model: nn.Module | PreTrainedConfig) -> tuple[str, str]:
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
-    """Return every set of rotary frequencies in the text part of a model."""
+    """Return every set of rotary frequencies in the text part of a model, a text encoder included."""
     config, sites = text_config(model.config), []
+    kinds = {plain_class(part) for part in (config, encoder_config(model)) if part is not None}
     for path, module in model.named_modules():
         its_config: Any = getattr(module, "config", None)
-        if its_config is not model.config and plain_class(its_config) is not plain_class(config):
+        if its_config is not model.config and plain_class(its_config) not in kinds:
             continue
         for attribute in sorted({*module._buffers, *vars(module)}):
             if not attribute.endswith("inv_freq") or attribute.endswith(("original_inv_freq", "long_inv_freq")):
@@ -135,7 +145,8 @@ def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
             if isinstance(getattr(module, attribute), torch.Tensor):
                 layer_type = attribute.removesuffix("inv_freq").removesuffix("_")
                 shared = its_config is config or its_config is model.config
-                sites.append(RotarySite(path, module, layer_type if shared else path, layer_type))
+                elsewhere = f"{path}.{layer_type}" if layer_type else path
+                sites.append(RotarySite(path, module, layer_type if shared else elsewhere, layer_type))
     # MusicFlamingo rotates its audio by timestamps, in a module with the config of the whole model: where some modules
     # take positions of tokens, the others are not of text
     of_text = [site for site in sites if "position_ids" in inspect.signature(site.module.forward).parameters]
@@ -206,6 +217,13 @@ def _scheme(model: PreTrainedModel) -> PositionalScheme:
     if model.main_input_name != "input_ids" and not {"input_ids", "decoder_input_ids"} & taken.keys():
         obstacle = f"{config.model_type} cannot be changed: it reads no text"
     trained, source, shipped = _lengths(config, rotaries)
+    encoder = encoder_config(model) if kind == "rotary" else None
+    lengths = [_lengths(part, [])[0] for part in (config, encoder) if part is not None]
+    if len(set(lengths)) > 1:
+        obstacle = (
+            f"{config.model_type} cannot be changed: its decoder states {lengths[0]} tokens, its encoder "
+            f"{lengths[1]}, and a plan has one trained length"
+        )
     if table is not None:
         trained = shipped = table.usable - positions_ahead(model)
         source = "positions in the learned table"

@@ -258,3 +258,24 @@ MORE_THAN_TEXT = {"clip": "learned", "muse_glimmer_assistant": "rotary"}
 def test_models_that_read_more_than_text_are_detected(kind: str) -> None:
     """Their skeletons may not run, or contain a weight that is one number."""
     assert detect_scheme(build(kind, task="base")).kind == MORE_THAN_TEXT[kind]
+
+
+def test_a_text_encoder_of_another_class_is_stretched_with_its_decoder() -> None:
+    """T5Gemma 2 reads the long text by an encoder whose config is of another class than that of the decoder."""
+    model = build("t5gemma2", task="seq2seq-lm")
+    encoder, decoder = model.model.encoder.text_model.rotary_emb, model.model.decoder.rotary_emb
+    shipped = [rotary.full_attention_inv_freq.clone() for rotary in (encoder, decoder)]
+    with patch_model(model, "yarn", factor=4):
+        assert torch.equal(encoder.full_attention_inv_freq, decoder.full_attention_inv_freq)
+        assert not torch.equal(encoder.full_attention_inv_freq, shipped[0])
+        assert torch.equal(encoder.sliding_attention_inv_freq, decoder.sliding_attention_inv_freq)
+    after = [rotary.full_attention_inv_freq for rotary in (encoder, decoder)]
+    assert all(torch.equal(*pair) for pair in zip(shipped, after, strict=True))
+
+
+def test_an_encoder_of_another_trained_length_is_refused() -> None:
+    scheme = detect_scheme(CONFIG_MAPPING["dia"]())
+    assert scheme.obstacle is not None
+    assert scheme.obstacle.startswith(
+        "dia_decoder cannot be changed: its decoder states 3072 tokens, its encoder 1024"
+    )
