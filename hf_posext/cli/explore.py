@@ -272,11 +272,12 @@ def page(
     # Read when huggingface_hub and gradio are imported.
     os.environ |= {"HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
     from ..app import make_shelf
-    from ..app.page import serve
 
     shelf = make_shelf(
         model or [], dataset, start, lambda folder: load_model(folder, "float32", "cpu", trust_remote_code)
     )
+    from ..app.page import serve  # after the checks: gradio takes seconds to import
+
     serve(shelf, port, lambda address: say(f"the page is at {address} (Ctrl+C ends it)"))
 
 
